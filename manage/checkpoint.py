@@ -1,0 +1,189 @@
+"""Checkpoints: one file that holds all a run needs, written so that a crash cannot damage it.
+
+A file is a plain `torch.save` archive (a zip) whose zip comment carries the SHA-256 of all that stands before it, so
+that `torch.load` opens it anywhere and damage is seen before anything is believed.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+import torch
+
+from configs.errors import UserError
+
+FORMAT = 1
+NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
+_MARK = b"sha256:"
+_COMMENT_LENGTH = len(_MARK) + 64
+_END = 22  # bytes of a zip's end record without its comment
+_CONTENT = {"model": dict, "config": dict, "tree": dict, "epoch": int}  # what every reader takes for granted
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is there and cannot be believed."""
+
+
+def pack(state: dict) -> bytes:
+    """The state as the bytes of a checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save(state | {"format": FORMAT}, buffer)
+    return _with_checksum(buffer)
+
+
+def save_checkpoint(data: bytes, path: str | Path, previous: Path | None = None) -> None:
+    """Writes beside, flushes to disk, renames: at every moment `path` is whole, the old one or the new one.
+
+    `previous` is where the old file goes; for a moment there is then no `path`, but always one of the two.
+    Raises: OSError when the disk is full or not writable; the old file then stands.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the folder itself may be gone
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process had begun to write; call it with the experiment's lock held."""
+    for path in folder.glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The state in a checkpoint, on the CPU. Nothing in the file is executed.
+
+    Raises: UserError for a missing file, DamagedCheckpoint for one that is truncated, altered, or not ours.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint{_others(path)}") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: the checkpoint cannot be read ({error.strerror})") from None
+    _check_whole(data, path)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamagedCheckpoint(
+            f"{path}: refused: it holds Python objects that would run code when loaded; "
+            "expected only tensors and plain values. Use a checkpoint written by train.py"
+        ) from None
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DamagedCheckpoint(f"{path}: damaged, or not a checkpoint ({reason}); use another one") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project (format {FORMAT}); use one of train.py")
+    for key, kind in _CONTENT.items():
+        if not isinstance(state.get(key), kind):
+            raise DamagedCheckpoint(f"{path}: holds no usable {key!r}; expected a checkpoint written by train.py")
+    return state
+
+
+def newest_valid(folder: Path, say=print) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from: the newest one that is whole; None where none was written yet.
+
+    Damaged ones are named, passed over and renamed, so that the next `last` does not push a whole `previous` out.
+    Raises: DamagedCheckpoint when there are only such.
+    """
+    paths = _newest_first(folder)
+    for i, path in enumerate(paths):
+        try:
+            found = path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            say(f"{error}. Going back to the one before")
+            continue
+        with contextlib.suppress(OSError):
+            for damaged in paths[:i]:
+                damaged.rename(damaged.with_suffix(".damaged"))
+        return found
+    if paths:
+        raise DamagedCheckpoint(
+            f"{folder}: none of its {len(paths)} checkpoints is whole; restore one from a backup, "
+            "or start anew with --overwrite"
+        )
+    return None
+
+
+def keep_newest(folder: Path, keep: int) -> None:
+    """Removes all but the `keep` numbered checkpoints written last; best, last and previous stay."""
+    for path in [path for path in _newest_first(folder) if NUMBERED.fullmatch(path.name)][keep:]:
+        path.unlink(missing_ok=True)
+
+
+def find_checkpoint(name: str, folder: Path, root: Path) -> Path:
+    """`best`, `last`, `checkpoint_7` or a path -> the file.
+
+    Raises: UserError that lists what is there.
+    """
+    for path in (folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)):
+        if os.path.isfile(path):  # False, too, for names that no file can have
+            return path
+    if os.path.isdir(name):
+        raise UserError(f"{name} is a folder; name one checkpoint{_others(Path(name) / 'x')}")
+    raise UserError(f"{name!r}: no such checkpoint{_others(folder / 'x')}")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """`last`, then all others by the time they were written."""
+    paths = list(folder.glob("*.pt"))
+    return sorted(paths, key=lambda path: (path.name == "last.pt", path.stat().st_mtime_ns), reverse=True)
+
+
+def _with_checksum(buffer: io.BytesIO) -> bytes:
+    """The archive, with its own digest as the zip comment."""
+    data = buffer.getvalue()
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = _MARK + b"0" * 64
+        archive._didModify = True  # rewrite the end record
+    data = bytearray(buffer.getvalue())
+    if not data.endswith(_MARK + b"0" * 64):
+        raise RuntimeError("the zip comment was not written")
+    data[-64:] = hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()
+    return bytes(data)
+
+
+def _check_whole(data: bytes, path: Path) -> None:
+    if data[:2] != b"PK":
+        what = "empty" if not data else "not a checkpoint of this project"
+        raise DamagedCheckpoint(f"{path}: {what}; expected an archive written by train.py")
+    has_comment = (
+        len(data) > _END + _COMMENT_LENGTH
+        and data[-_COMMENT_LENGTH:-64] == _MARK
+        and struct.unpack("<H", data[-_COMMENT_LENGTH - 2 : -_COMMENT_LENGTH])[0] == _COMMENT_LENGTH
+    )
+    if not has_comment:
+        raise DamagedCheckpoint(f"{path}: truncated, or not written by this project (no checksum at its end)")
+    if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
+        raise DamagedCheckpoint(f"{path}: damaged (its checksum does not fit its content)")
+
+
+def _others(path: Path) -> str:
+    names = sorted(other.name for other in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+    return f"; {path.parent} holds {', '.join(names[-8:])}" if names else f"; {path.parent} holds no checkpoints"
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself reaches the disk only with its folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

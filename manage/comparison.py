@@ -1,0 +1,405 @@
+"""Experiments side by side: which belong together, their scores, and whether a difference is more than chance.
+
+Two kinds of chance are kept apart. Another draw of val photos: photos are resampled with replacement, the same for
+all experiments, and each resample's confusion matrices are summed and scored anew (a paired bootstrap). Another
+seed: experiments that differ in nothing else form a group, and its spread is shown beside the interval.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.config import FIELDS, REPOSITORY, RESUMABLE_CHANGES
+from configs.errors import UserError
+from manage.tables import summary
+from utils.hierarchy import Hierarchy
+from utils.metrics import scores_from_confusion
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+FEWEST_PHOTOS = 20  # with less, a bootstrap interval is too narrow to be believed
+
+# Keys that do not change what a run computes. How it is decoded does change its scores.
+NOT_COMPARED = {"exp_name", "seed", *RESUMABLE_CHANGES} - {"decode", "root_bias"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One evaluated experiment, as its folder holds it."""
+
+    folder: Path
+    config: dict[str, Any]  # what it was trained with, and how it was decoded
+    record: dict[str, Any]  # scores.json
+    curves: list[dict[str, Any]]  # metrics.jsonl, one record an epoch
+    ids: list[str]
+    matrices: np.ndarray  # (P, N, N) int32, decoded by `rule`: label, predicted leaf
+    rule: str
+
+    @property
+    def name(self) -> str:
+        return self.config["exp_name"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def evaluation(self) -> str:
+        return Path(self.record["checkpoint"]).stem
+
+    @cached_property
+    def hierarchy(self) -> Hierarchy:
+        return Hierarchy.from_dict(self.record["tree"], f"{self.folder}, its tree")
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """All scores under `rule`, in [0, 1]."""
+        total = torch.from_numpy(self.matrices.sum(axis=0, dtype=np.int64))
+        rate = self.record["scores"]["violation_rate"]
+        return scores_from_confusion(total, self.hierarchy) | {"violation_rate": rate}
+
+    @cached_property
+    def scores(self) -> dict[str, float | None]:
+        return summary(self.result)
+
+    def said(self, key: str) -> str:
+        """What the records of every start, resume and the evaluation say of `key` (such as commit), each value once."""
+        path = self.folder / "environment.json"
+        records = [*(_read_json(path) if path.is_file() else []), self.record["environment"]]
+        return ", ".join(dict.fromkeys(str(record[key]) for record in records))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments that differ only in their seed."""
+
+    label: str
+    experiments: tuple[Experiment, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [experiment.seed for experiment in self.experiments]
+
+    def values(self, name: str) -> list[float | None]:
+        return [experiment.scores[name] for experiment in self.experiments]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Score of `second` minus score of `first`, at one level, with its interval over photos."""
+
+    first: str
+    second: str
+    score: str
+    level_name: str
+    value: float
+    low: float
+    high: float
+    by_seed: dict[int, float]  # of the seeds that both have
+    photos: int
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, or why nothing can be said."""
+        if self.photos < FEWEST_PHOTOS or not all(map(math.isfinite, (self.value, self.low, self.high))):
+            return "too few photos to tell"
+        if self.low <= 0 <= self.high:
+            return "no evidence of a difference"
+        if any(value * self.value <= 0 for value in self.by_seed.values()):
+            return "no evidence of a difference"  # more than the photos, less than the seeds
+        return "better" if self.value > 0 else "worse"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with its numbers, in points (hundredths of the score)."""
+        which = f"{self.score} ({self.level_name}): "
+        interval = f"{CONFIDENCE:.0%} interval over photos {points(self.low)} to {points(self.high)}"
+        if self.verdict == "too few photos to tell":
+            return f"{which}{self.photos} photos are too few to tell {self.second} from {self.first}."
+        if self.verdict in ("better", "worse"):
+            claim = f"{self.second} is {self.verdict} than {self.first}"
+        else:
+            claim = f"no evidence of a difference between {self.second} and {self.first}"
+        return f"{which}{claim}: {points(self.value)} points ({interval}; {self._seeds()})."
+
+    def _seeds(self) -> str:
+        agreeing = sum(value * self.value > 0 for value in self.by_seed.values())
+        if not self.by_seed:
+            return "no seed in common, so the seeds' part in it is not known"
+        if len(self.by_seed) == 1:
+            return "one seed, so the seed's part in it is not known"
+        return f"{agreeing} of {len(self.by_seed)} seeds agree in sign"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a report needs."""
+
+    groups: list[Group]
+    differing: dict[str, list[Any]]  # config key -> value of each group
+    differences: list[Difference]
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        return self.groups[0].experiments[0].hierarchy
+
+    @property
+    def experiments(self) -> list[Experiment]:
+        return [experiment for group in self.groups for experiment in group.experiments]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_experiment(name: str | Path, evaluation: str = "best", rule: str | None = None) -> Experiment:
+    """An experiment by folder, or by name under experiments/; `rule` None: as it was evaluated.
+
+    Raises: UserError for a folder that is no experiment, an evaluation that is missing or damaged.
+    """
+    folder = _find_folder(name)
+    scored = folder / "evaluation" / evaluation
+    if not (scored / "scores.json").is_file() or not (scored / "photos.npz").is_file():
+        config = folder / "configs" / f"{folder.name}.json"
+        raise UserError(
+            f"{folder}: has no evaluation {evaluation!r}{_listing(folder / 'evaluation')}. Make it: "
+            f"python evaluate.py --cfg {config} --checkpoint {evaluation} --decode all --no-pictures"
+        )
+    record = _read_json(scored / "scores.json")
+    rule = rule or record["decode"]
+    ids, matrices = _read_photos(scored / "photos.npz", rule)
+    if len(ids) != record["photos"]:
+        raise UserError(f"{scored}: scores.json is about {record['photos']} photos, photos.npz about {len(ids)}")
+    config = record["config"] | {"decode": rule, "root_bias": record["root_bias"] if rule == record["decode"] else {}}
+    return Experiment(folder, config, record, _read_curves(folder / "metrics.jsonl"), ids, matrices, rule)
+
+
+def _find_folder(name: str | Path) -> Path:
+    places = [Path(name), REPOSITORY / "experiments" / name]
+    for folder in places:
+        if (folder / "configs").is_dir():
+            return folder.resolve()
+    raise UserError(
+        f"{name}: no such experiment (looked for {' and '.join(map(str, places))}, with configs/ inside)"
+        f"{_listing(REPOSITORY / 'experiments')}"
+    )
+
+
+def _read_photos(path: Path, rule: str) -> tuple[list[str], np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as photos:
+            arrays = {name: photos[name] for name in photos.files if name in ("ids", rule)}
+            rules = [name for name in photos.files if name != "ids"]
+    except Exception as error:  # a damaged archive raises many kinds
+        raise UserError(f"{path}: damaged ({error}); run evaluate.py again") from None
+    if rule not in arrays or "ids" not in arrays:
+        raise UserError(f"{path}: was decoded by {', '.join(rules)}, not by {rule!r}; evaluate with --decode all")
+    return arrays["ids"].tolist(), arrays[rule]
+
+
+def _read_curves(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); expected one JSON object a line") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); run evaluate.py again") from None
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return f"; {folder} holds {', '.join(names[:12])}" if names else ""
+
+
+# ---- comparing ---------------------------------------------------------------------------------------------------
+
+
+def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Groups experiments by config and compares every two groups at every level.
+
+    Raises: UserError when they were not scored on the same photos, labels and tree.
+    """
+    check_comparable(experiments)
+    groups, differing = group_by_config(experiments)
+    differences = []
+    if len(groups) > 1:
+        resampled = zip(groups, _resample(groups, resamples, seed), strict=True)
+        for first, second in combinations(resampled, 2):
+            differences += _differences(*first, *second)
+    return Comparison(groups, differing, differences)
+
+
+def check_comparable(experiments: Sequence[Experiment]) -> None:
+    """Raises: UserError naming what differs: the folder given twice, tree, photos or labels."""
+    first = experiments[0]
+    for number, other in enumerate(experiments[1:], start=1):
+        pair = f"{first.name} and {other.name} cannot be compared"
+        if other.folder in [experiment.folder for experiment in experiments[:number]]:
+            raise UserError(f"{other.folder}: is given twice")
+        if other.hierarchy.fingerprint != first.hierarchy.fingerprint:
+            raise UserError(f"{pair}: their trees differ ({first.hierarchy.name!r} and {other.hierarchy.name!r})")
+        if other.ids != first.ids:
+            alone = sorted(set(first.ids) ^ set(other.ids))
+            example = f" (such as {alone[0]}, in one of them only)" if alone else " (in another order)"
+            raise UserError(
+                f"{pair}: they were scored on other photos, {len(first.ids)} and {len(other.ids)}{example}; "
+                "evaluate both on the same val set"
+            )
+        changed = (other.matrices.sum(axis=2) != first.matrices.sum(axis=2)).any(axis=1)
+        if changed.any():
+            raise UserError(
+                f"{pair}: the labels of {int(changed.sum())} photos differ (the first: "
+                f"{first.ids[int(changed.argmax())]}); evaluate both again on the same label maps"
+            )
+
+
+def group_by_config(experiments: Sequence[Experiment]) -> tuple[list[Group], dict[str, list[Any]]]:
+    """The groups, in the order given, and the config keys in which they differ."""
+    sets: list[list[Experiment]] = []
+    for experiment in experiments:
+        own = next((s for s in sets if _compared(s[0]) == _compared(experiment)), None)
+        if own is None:
+            sets.append([experiment])
+        else:
+            own.append(experiment)
+    keys = [key for key in FIELDS if len({json.dumps(_compared(s[0]).get(key), sort_keys=True) for s in sets}) > 1]
+    labels = _labels(sets, keys)
+    groups = [group for label, members in zip(labels, sets, strict=True) for group in _split_repeats(label, members)]
+    values = {key: [group.experiments[0].config.get(key) for group in groups] for key in keys}
+    return groups, values
+
+
+def _labels(sets: Sequence[Sequence[Experiment]], keys: Sequence[str]) -> list[str]:
+    """What tells the groups apart, in as few keys as do it; without any, their name."""
+    if not keys:
+        return [_stem([member.name for member in members]) for members in sets]
+    keys = sorted(keys, key=lambda key: key != "criterion")  # the objective says most
+    labels: list[str] = []
+    for count in range(1, len(keys) + 1):
+        configs = [members[0].config for members in sets]
+        labels = [", ".join(_short(key, config.get(key)) for key in keys[:count]) for config in configs]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _split_repeats(label: str, members: Sequence[Experiment]) -> list[Group]:
+    """One group; or, where a seed ran twice, one for each experiment: repeats are not seeds."""
+    if len({member.seed for member in members}) == len(members):
+        return [Group(label, tuple(members))]
+    return [Group(member.name, (member,)) for member in members]
+
+
+def _compared(experiment: Experiment) -> dict[str, Any]:
+    return {key: value for key, value in experiment.config.items() if key not in NOT_COMPARED}
+
+
+def _stem(names: Sequence[str]) -> str:
+    """What names such as bce_seed0 and bce_seed1 have in common; a name alone stays as it is."""
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071 - character by character is meant
+    return (shared.removesuffix("seed").rstrip("_-.") or names[0]) if len(names) > 1 else names[0]
+
+
+def _short(key: str, value: Any) -> str:
+    if key == "criterion":
+        return criterion_name(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{key} {text}"
+
+
+def criterion_name(criterion: str | Mapping[str, float]) -> str:
+    """`tree_min + 0.5 bce` for {"tree_min": 1.0, "bce": 0.5}."""
+    if isinstance(criterion, str):
+        return criterion
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in criterion.items())
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+def level_mious(matrices: np.ndarray, h: Hierarchy) -> np.ndarray:
+    """mIoU without background of each level, NaN where no class is there. Shape: (..., N, N) -> (..., L)."""
+    means = []
+    for table, classes in zip(h.level_tables, h.level_classes, strict=True):
+        members = (np.array(table)[:, None] == np.array(classes)).astype(matrices.dtype)  # (N, K)
+        counts = members.T @ matrices @ members  # (..., K, K)
+        hits = counts.diagonal(axis1=-2, axis2=-1)
+        unions = counts.sum(axis=-1) + counts.sum(axis=-2) - hits
+        counted = (unions > 0) & np.array([v not in h.background for v in classes])
+        ious = np.where(counted, hits / np.maximum(unions, 1), 0)
+        present = counted.sum(axis=-1)
+        means.append(np.where(present > 0, ious.sum(axis=-1) / np.maximum(present, 1), np.nan))
+    return np.stack(means, axis=-1)
+
+
+def resample_counts(photos: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each photo is drawn in each resample. Shape: (R, P) float64, rows sum to P."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(photos, np.full(photos, 1 / photos), size=resamples).astype(np.float64)
+
+
+def bootstrap(matrices: np.ndarray, counts: np.ndarray, h: Hierarchy) -> np.ndarray:
+    """mIoU of each level in each resample; exact, since the sums stay below 2^53. Shape: (P, N, N) -> (R, L)."""
+    photos, nodes, _ = matrices.shape
+    sums = counts @ matrices.reshape(photos, -1).astype(np.float64)
+    return level_mious(sums.reshape(-1, nodes, nodes), h)
+
+
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """The middle 95 %. NaN when a resample had no class at all."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(samples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation over seeds (n - 1); None where they are not defined."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def points(value: float) -> str:
+    """A difference in hundredths, with its sign."""
+    return f"{100 * value:+.2f}"
+
+
+def _resample(groups: Sequence[Group], resamples: int, seed: int) -> list[np.ndarray]:
+    """For each group the mean over its seeds in each resample. Shape: G times (R, L)."""
+    h, photos = groups[0].experiments[0].hierarchy, len(groups[0].experiments[0].ids)
+    counts = resample_counts(photos, resamples, seed)
+    return [np.mean([bootstrap(e.matrices, counts, h) for e in group.experiments], axis=0) for group in groups]
+
+
+def _differences(
+    first: Group, first_samples: np.ndarray, second: Group, second_samples: np.ndarray
+) -> list[Difference]:
+    """One for each level."""
+    h, photos = first.experiments[0].hierarchy, len(first.experiments[0].ids)
+    samples = second_samples - first_samples  # (R, L)
+    differences = []
+    for level, level_name in enumerate(h.level_names):
+        score = f"mIoU{level + 1}"
+        ours, theirs = (dict(zip(g.seeds, g.values(score), strict=True)) for g in (first, second))
+        a, b = mean_and_spread(list(ours.values()))[0], mean_and_spread(list(theirs.values()))[0]
+        value = math.nan if a is None or b is None else b - a
+        paired = {s: theirs[s] - ours[s] for s in ours if None not in (ours[s], theirs.get(s))}
+        low, high = interval(samples[:, level])
+        differences.append(Difference(first.label, second.label, score, level_name, value, low, high, paired, photos))
+    return differences

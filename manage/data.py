@@ -1,0 +1,135 @@
+"""Config -> data sets and loaders, with every file checked before the first step."""
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from configs.config import Config
+from configs.errors import UserError
+from manage.experiment import cores
+from utils.dataset import EpochBatches, Sample, TrainPhotos, WholePhotos, find_samples
+from utils.encoding import Encoding, load_encoding
+from utils.hierarchy import Hierarchy
+from utils.images import read_ids
+from utils.transforms import RandomView
+
+
+def read_split(config: Config, split: str) -> list[str]:
+    """The ids of "train" or "val", cut to n_train_photos or n_val_photos."""
+    limit = config.n_train_photos if split == "train" else config.n_val_photos
+    return read_ids(config.ids_file(split))[:limit]
+
+
+def check_data(config: Config, hierarchy: Hierarchy) -> Encoding:
+    """Folders, encoding and splits.
+
+    Raises: UserError naming the first thing that is not there or does not fit.
+    """
+    if not config.data_dir.is_dir():
+        raise UserError(
+            f"key 'root_data_dir': {config.data_dir} is not there. Prepare the data set "
+            "(tools/prepare_pascal_part.py), or draw sample data: python tools/make_sample_data.py"
+        )
+    if not config.images_dir.is_dir():
+        raise UserError(f"key 'img_dir': {config.images_dir} is not there; expected a folder of photos")
+    encoding = load_encoding(config.labels_dir, hierarchy)
+    if config.ids_file("train") != config.ids_file("val"):
+        shared = sorted(set(read_split(config, "train")) & set(read_split(config, "val")))
+        if shared:
+            raise UserError(
+                f"{len(shared)} ids are in both {config.ids_file('train')} and {config.ids_file('val')} (the first: "
+                f"{shared[0]}); scores on photos that were trained on mean nothing"
+            )
+    return encoding
+
+
+def train_loader(config: Config, hierarchy: Hierarchy, rank: int, world: int) -> tuple[DataLoader, EpochBatches]:
+    """The loader of random views and the sampler that says which epoch it reads."""
+    files = find_samples(read_split(config, "train"), config.images_dir, config.labels_dir)
+    view = RandomView(
+        config.crop_size,
+        config.short_side,
+        config.scale_jitter,
+        config.hflip,
+        config.vflip,
+        config.color_jitter,
+        hierarchy.ignore_index,
+    )
+    photos = TrainPhotos(files, view, hierarchy.ignore_index, config.crop_size, hierarchy.num_nodes)
+    batches = EpochBatches(len(photos), config.batch_size, config.seed, rank, world, config.accumulate)
+    workers = n_workers(config)
+    loader = DataLoader(
+        photos,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader's own draws leave the global generator alone
+        worker_init_fn=_start_worker,
+    )
+    return loader, batches
+
+
+def val_loader(config: Config, hierarchy: Hierarchy, ids: list[str], rank: int = 0, world: int = 1) -> DataLoader:
+    """Whole photos, one at a time; with several processes each photo belongs to exactly one of them."""
+    files = find_samples(ids, config.images_dir, config.labels_dir)
+    photos = WholePhotos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
+    return DataLoader(
+        photos,
+        batch_size=None,
+        sampler=range(rank, len(photos), world),
+        num_workers=n_workers(config),
+        prefetch_factor=4 if n_workers(config) else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        worker_init_fn=_start_worker,
+    )
+
+
+def n_workers(config: Config) -> int:
+    """`auto`: without a GPU one worker, since the network needs the cores; with one, all cores but one, at most 16."""
+    if config.num_workers != "auto":
+        return config.num_workers
+    return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else 1
+
+
+class Tolerance:
+    """Counts photos that could not be read and stops at the configured number."""
+
+    def __init__(self, limit: int, ids: list[str]) -> None:
+        self.limit, self.ids, self.faults = limit, ids, {}
+
+    def check(self, index: int, fault: str) -> bool:
+        """Whether the photo can be used.
+
+        Raises: UserError when more than `limit` photos cannot be read.
+        """
+        if not fault:
+            return True
+        self.faults[self.ids[index]] = fault
+        if len(self.faults) > self.limit:
+            hint = "repair or remove it" if self.limit == 0 else f"skip_unreadable allows {self.limit}"
+            raise UserError(f"photo {self.ids[index]!r}: {fault} ({hint})")
+        return False
+
+    def report(self) -> None:
+        for sample_id, fault in self.faults.items():
+            print(f"left out: {sample_id}: {fault}")
+
+
+def samples_of(batch: Sample) -> Iterator[tuple[int, str]]:
+    """(index, fault) of each sample in a batch."""
+    return zip(batch.index.tolist(), batch.fault, strict=True)
+
+
+def _start_worker(_worker: int) -> None:
+    """One thread; and a process group of its own: Ctrl-C and torchrun signal the whole group of the main process.
+
+    That one wants to end its step and save, for which its workers must live. They end with it, whatever ends it.
+    """
+    torch.set_num_threads(1)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()

@@ -1,0 +1,476 @@
+"use strict";
+// Every text reaches the page as a text node or attribute, never as HTML: names and ids may hold anything.
+
+const report = JSON.parse(document.getElementById("data").textContent);
+const { scores, photos } = report;
+const nodes = scores.tree.nodes;
+const levels = scores.levels.map((level, i) => ({ ...level, number: i + 1, table: report.tables[i] }));
+const PAGE = 12, KEPT = 60; // photos a page, and photos whose maps are kept
+const VOID = [150, 150, 150], RIGHT_BACKGROUND = [246, 246, 246], RIGHT = [190, 196, 202], WRONG = [179, 38, 30];
+const HEAT = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]; // dark to bright: reads in grey too
+
+const find = (id) => document.getElementById(id);
+const isNode = (value) => value < nodes.length;
+const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : (100 * value).toFixed(digits));
+const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
+const ratio = (part, whole) => (whole ? part / whole : null);
+const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function swatch(colour) {
+  const box = el("span", { class: "swatch" });
+  box.style.background = css(colour);
+  return box;
+}
+
+function path(id) {
+  const names = [];
+  for (let node = nodes[id]; node; node = node.parent === null ? null : nodes[node.parent]) names.unshift(node.name);
+  return names;
+}
+
+// --- scores ---
+function drawHead() {
+  find("title").textContent = report.title;
+  const bias = Object.entries(scores.root_bias).map(([root, offset]) => ` ${root} ${offset}`);
+  find("subtitle").textContent =
+    `epoch ${scores.epoch} · ${photos.length.toLocaleString("en")} photos · decoded by ${scores.decode}` +
+    (bias.length ? ` · root bias${bias}` : "") + ` · tree ${scores.tree.name} · ${scores.environment.time}`;
+  const totals = levels.map((level) => [`mIoU${level.number} · ${level.name}`, level.mIoU]);
+  totals.push(["pixel accuracy", scores.scores.pixel_accuracy], ["violation rate", scores.scores.violation_rate]);
+  for (const [name, value] of totals)
+    find("totals").append(el("div", { class: "total" }, el("b", {}, percent(value, 2)), el("span", {}, name)));
+}
+
+function levelNodes(level) {
+  return level.classes.map((name) => nodes.find((node) => node.name === name));
+}
+
+function scoreTable(level) {
+  const head = el("tr", {}, el("th", {}, "class"), ...["", "IoU", "precision", "recall", "share"].map((name) => el("th", { class: name }, name)));
+  const body = el("tbody");
+  levelNodes(level).forEach((node, i) => {
+    const iou = level.IoU[node.name], hits = level.confusion[i][i];
+    const truth = sum(level.confusion[i]), predicted = sum(level.confusion.map((row) => row[i]));
+    const bar = el("i");
+    bar.style.width = `${100 * (iou ?? 0)}%`;
+    bar.style.background = css(node.colour);
+    const numbers = [iou, ratio(hits, predicted), ratio(hits, truth), ratio(truth, level.pixels)];
+    body.append(el("tr", {}, el("th", {}, swatch(node.colour), node.name), el("td", { class: "bar" }, bar),
+      ...numbers.map((value, i) => el("td", { class: `number ${i === 3 ? "share" : ""}` }, percent(value)))));
+  });
+  for (const [name, value, kind] of [["mean", level.mIoU, "mean"], ["with background", level.mIoU_with_background, ""]])
+    body.append(el("tr", { class: kind }, el("th", { colspan: 2 }, name), el("td", { class: "number" }, percent(value)),
+      el("td", { colspan: 3 })));
+  return el("div", { class: "panel" }, el("h3", {}, `Level ${level.number}: ${level.name}`),
+    el("table", { class: "scores" }, el("thead", {}, head), body));
+}
+
+function drawRules() {
+  const rules = Object.entries(scores.rules);
+  if (rules.length < 2) return;
+  const columns = Object.keys(rules[0][1]).filter((name) => !name.endsWith("_with_background"));
+  const body = rules.map(([rule, values]) =>
+    el("tr", {}, el("th", {}, rule), ...columns.map((name) => el("td", { class: "number" }, percent(values[name], 2)))));
+  find("rules").append(el("h3", {}, "Decoding rules"), el("div", { class: "panel" }, el("table", { class: "scores" },
+    el("thead", {}, el("tr", {}, el("th", {}, ""), ...columns.map((name) => el("th", {}, name.replaceAll("_", " "))))), el("tbody", {}, ...body))));
+}
+
+// --- confusion ---
+function confusionTable(level, share) {
+  const members = levelNodes(level);
+  const columns = members.map((_, j) => sum(level.confusion.map((row) => row[j])));
+  const rows = level.confusion.map((row, i) => {
+    const cells = row.map((count, j) => {
+      const value = ratio(count, share === "row" ? sum(row) : columns[j]);
+      const cell = el("td", { title: `${members[i].name} predicted as ${members[j].name}: ${count.toLocaleString("en")} pixels` },
+        value === null ? "–" : percent(value, value < 0.1 ? 1 : 0));
+      cell.style.background = `rgb(11 98 164 / ${Math.round(100 * (value ?? 0))}%)`;
+      cell.style.color = value > 0.55 ? "#fff" : "inherit";
+      return cell;
+    });
+    return el("tr", {}, el("th", {}, swatch(members[i].colour), members[i].name), ...cells);
+  });
+  const head = members.map((node) => el("th", {}, el("span", {}, node.name)));
+  return el("div", { class: "panel" }, el("h3", {}, `Level ${level.number}: ${level.name}`),
+    el("table", { class: "confusion" }, el("thead", {}, el("tr", {}, el("th"), ...head)), el("tbody", {}, ...rows)));
+}
+
+function drawConfusion() {
+  find("confusion-tables").replaceChildren(...levels.map((level) => confusionTable(level, find("share").value)));
+}
+
+// --- the maps of a photo: a script of its own, run when the photo comes into view ---
+const arriving = new Map(); // id -> what takes the data
+const kept = new Map(); // id -> promise of its maps, the oldest first
+
+window.hsegPhoto = (id, data) => arriving.get(id)?.(data);
+
+function load(id) {
+  const known = kept.get(id);
+  kept.delete(id);
+  kept.set(id, known ?? fetchMaps(id));
+  for (const old of kept.keys()) if (kept.size > KEPT) kept.delete(old);
+  return kept.get(id);
+}
+
+async function fetchMaps(id) {
+  const script = el("script", { src: address("report", id, "js") });
+  try {
+    const data = await new Promise((resolve, reject) => {
+      arriving.set(id, resolve);
+      script.onerror = () => reject(new Error(`${script.getAttribute("src")} is missing`));
+      document.head.append(script);
+    });
+    const [width, height] = data.size, [scoreWidth, scoreHeight] = data.scoreSize, bytes = await unpack(data.packed);
+    const truth = bytes.subarray(0, width * height), leaves = bytes.subarray(width * height, 2 * width * height);
+    return { width, height, truth, leaves, scoreWidth, scoreHeight, scores: bytes.subarray(2 * width * height) };
+  } finally {
+    arriving.delete(id);
+    script.remove();
+  }
+}
+
+async function unpack(text) {
+  const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+const address = (folder, id, suffix) => `pictures/${folder}/${encodeURIComponent(id)}.${suffix}`;
+
+// --- pictures ---
+const pack = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0; // a pixel of a canvas as one number
+const CLEAR = 0;
+
+function paint(canvas, width, height, pixelAt) {
+  canvas.width = width;
+  canvas.height = height;
+  const context = canvas.getContext("2d"), image = context.createImageData(width, height);
+  const pixels = new Uint32Array(image.data.buffer);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = pixelAt(i);
+  context.putImageData(image, 0, 0);
+}
+
+const classAt = (value, level) => (isNode(value) ? level.table[value] : value);
+const colourOf = (value) => (isNode(value) ? nodes[value].colour : VOID);
+const byValue = (make) => Array.from({ length: 256 }, (_, value) => make(value));
+const PIXELS = byValue((value) => pack(colourOf(value)));
+const OVER_PHOTO = byValue((value) => (nodes[value]?.background ? CLEAR : PIXELS[value]));
+const HEAT_PIXELS = byValue((value) => pack(heat(Math.sqrt(255 * value)))); // small violations are the common ones
+const [VOID_PIXEL, RIGHT_BACKGROUND_PIXEL, RIGHT_PIXEL, WRONG_PIXEL] = [VOID, RIGHT_BACKGROUND, RIGHT, WRONG].map(pack);
+
+function difference(truth, predicted) {
+  if (!isNode(truth)) return VOID_PIXEL;
+  if (truth !== predicted) return WRONG_PIXEL;
+  return nodes[truth].background ? RIGHT_BACKGROUND_PIXEL : RIGHT_PIXEL;
+}
+
+/** How far the worst edge breaks the tree: the largest excess of a child's score over its parent's, 0 to 255. */
+function excess(maps, i) {
+  const size = maps.scoreWidth * maps.scoreHeight;
+  let worst = 0;
+  for (const [parent, child] of report.edges)
+    worst = Math.max(worst, maps.scores[child * size + i] - maps.scores[parent * size + i]);
+  return worst;
+}
+
+function heat(value) {
+  const place = (value / 255) * (HEAT.length - 1), low = Math.min(Math.floor(place), HEAT.length - 2);
+  return HEAT[low].map((start, i) => start + (HEAT[low + 1][i] - start) * (place - low));
+}
+
+/** The tiles of a photo: caption, and what paints it once the maps are there. */
+function tilesOf(photo, shown) {
+  const tiles = [
+    { caption: "photo", photo: true },
+    { caption: "overlay", photo: true, draw: (maps, canvas) =>
+      paint(canvas, maps.width, maps.height, (i) => OVER_PHOTO[maps.leaves[i]]) },
+    { caption: `violations ${percent(photo.violations, 2)} %`, draw: (maps, canvas) =>
+      paint(canvas, maps.scoreWidth, maps.scoreHeight, (i) => HEAT_PIXELS[excess(maps, i)]) },
+  ];
+  for (const level of shown) {
+    const draw = (pixelAt) => (maps, canvas) => paint(canvas, maps.width, maps.height, (i) =>
+      pixelAt(classAt(maps.truth[i], level), classAt(maps.leaves[i], level)));
+    tiles.push({ caption: `${level.name}: truth`, draw: draw((truth) => PIXELS[truth]) },
+      { caption: `${level.name}: prediction`, draw: draw((_, predicted) => PIXELS[predicted]) },
+      { caption: `${level.name}: difference`, draw: draw(difference) });
+  }
+  return tiles;
+}
+
+function card(photo, shown) {
+  const open = el("button", { type: "button", title: "enlarge" }, photo.id);
+  const values = levels.map((level, i) => el("span", {}, `mIoU${level.number} ${percent(photo.mIoU[i])}`));
+  const chosen = state.class === "" ? null : nodes[state.class];
+  if (chosen) values.push(el("span", {}, swatch(chosen.colour), `${chosen.name} ${percent(photo.IoU[chosen.id])}`));
+  const grid = el("div", { class: "tiles" });
+  const element = el("article", { class: "card", "data-id": photo.id }, el("header", {}, open, ...values), grid);
+  for (const tile of tilesOf(photo, shown)) {
+    const picture = el("div", { class: "picture" });
+    picture.style.aspectRatio = "4 / 3";
+    if (tile.photo) picture.append(el("img", { src: address("report", photo.id, "jpg"), loading: "lazy", alt: `photo ${photo.id}` }));
+    if (tile.draw) picture.append(el("canvas", { class: tile.photo ? "over" : "", role: "img", "aria-label": `${photo.id}, ${tile.caption}` }));
+    grid.append(el("figure", { class: "tile" }, picture, el("figcaption", { title: tile.caption }, tile.caption)));
+  }
+  element.style.setProperty("--columns", shown.length + 1);
+  element.photo = photo;
+  element.shown = shown;
+  open.addEventListener("click", () => openViewer(photo));
+  near.observe(element);
+  return element;
+}
+
+async function fill(element) {
+  const { photo, shown } = element;
+  try {
+    const maps = await load(photo.id);
+    element.maps = maps;
+    element.style.setProperty("--ratio", maps.width / maps.height);
+    tilesOf(photo, shown).forEach((tile, i) => {
+      const picture = element.querySelectorAll(".picture")[i];
+      picture.style.aspectRatio = `${maps.width} / ${maps.height}`;
+      if (tile.draw) tile.draw(maps, picture.querySelector("canvas"));
+    });
+    element.dataset.drawn = "yes";
+  } catch (error) {
+    element.querySelector("header").append(el("span", { class: "warning" }, `cannot be drawn: ${error.message}`));
+  }
+}
+
+const near = new IntersectionObserver((entries) => {
+  for (const entry of entries.filter((entry) => entry.isIntersecting)) {
+    near.unobserve(entry.target);
+    fill(entry.target);
+  }
+}, { rootMargin: "400px" });
+
+// --- what lies under the pointer ---
+const readoutBox = find("readout"); // not looked up again: the viewer empties itself with the box inside
+
+function point(event) {
+  const picture = event.target.closest?.(".picture"), element = picture?.closest(".card");
+  if (!element?.maps) return hideReadout();
+  const box = picture.getBoundingClientRect();
+  const x = Math.min(Math.max((event.clientX - box.left) / box.width, 0), 0.9999);
+  const y = Math.min(Math.max((event.clientY - box.top) / box.height, 0), 0.9999);
+  document.querySelectorAll(".card.pointed").forEach((other) => other.classList.remove("pointed"));
+  element.classList.add("pointed");
+  element.style.setProperty("--x", `${100 * x}%`);
+  element.style.setProperty("--y", `${100 * y}%`);
+  showReadout(readout(element.maps, x, y), event);
+}
+
+function readout(maps, x, y) {
+  const at = (width, height) => Math.floor(y * height) * width + Math.floor(x * width);
+  const truth = maps.truth[at(maps.width, maps.height)], leaf = maps.leaves[at(maps.width, maps.height)];
+  const size = maps.scoreWidth * maps.scoreHeight, i = at(maps.scoreWidth, maps.scoreHeight);
+  const score = (id) => maps.scores[id * size + i];
+  const line = (title, value) => el("p", {}, `${title} `, swatch(colourOf(value)), isNode(value) ? path(value).join(" › ") : "void");
+  const predicted = new Set(path(leaf)), rows = report.order.map((id) => {
+    const node = nodes[id], bar = el("i"), name = el("span", {}, swatch(node.colour), node.name);
+    const violated = node.parent !== null && score(id) >= 128 && score(node.parent) < 128;
+    name.style.paddingLeft = `${0.8 * (path(id).length - 1)}em`;
+    bar.style.width = `${(100 * score(id)) / 255}%`;
+    return el("div", { class: `node${predicted.has(node.name) ? " predicted" : ""}${violated ? " violated" : ""}` },
+      name, bar, el("span", {}, `${violated ? "⚠ " : ""}${((score(id) + 0.5) / 2.56).toFixed(0)} %`));
+  });
+  return [line("truth:", truth), line("prediction:", leaf), ...rows];
+}
+
+function showReadout(children, event) {
+  const box = readoutBox;
+  (find("viewer").open ? find("viewer") : document.body).append(box); // a modal dialog covers everything else
+  box.replaceChildren(...children);
+  box.hidden = false;
+  const right = event.clientX + 18 + box.offsetWidth < innerWidth;
+  box.style.left = `${right ? event.clientX + 18 : Math.max(4, event.clientX - 18 - box.offsetWidth)}px`;
+  box.style.top = `${Math.max(4, Math.min(event.clientY + 18, innerHeight - box.offsetHeight - 6))}px`;
+}
+
+function hideReadout() {
+  readoutBox.hidden = true;
+  document.querySelectorAll(".card.pointed").forEach((element) => element.classList.remove("pointed"));
+}
+
+// --- the gallery ---
+const state = { sort: "level-0", order: "worst", class: "", where: "either", search: "", level: "all", page: 0 };
+let chosen = []; // the photos that pass the filter, in order
+
+function sortValue(photo) {
+  if (state.sort === "violations") return photo.violations === null ? null : -photo.violations;
+  if (state.sort === "class") return state.class === "" ? null : photo.IoU[state.class];
+  return photo.mIoU[Number(state.sort.split("-")[1])];
+}
+
+function passes(photo) {
+  if (!photo.id.toLowerCase().includes(state.search.trim().toLowerCase())) return false;
+  if (state.class === "") return true;
+  const truth = photo.truth.includes(Number(state.class)), predicted = photo.predicted.includes(Number(state.class));
+  return { either: truth || predicted, truth, predicted, missed: truth && !predicted, invented: predicted && !truth }[state.where];
+}
+
+function choose() {
+  const direction = state.order === "worst" ? 1 : -1;
+  chosen = photos.filter(passes);
+  if (state.sort === "id") chosen.sort((a, b) => direction * (a.id < b.id ? -1 : 1));
+  else chosen.sort((a, b) => {
+    const [x, y] = [sortValue(a), sortValue(b)];
+    if (x === null || y === null) return (x === null) - (y === null); // without a score: last
+    return direction * (x - y);
+  });
+  showPage(0);
+}
+
+function showPage(page) {
+  const last = Math.max(0, Math.ceil(chosen.length / PAGE) - 1);
+  state.page = Math.min(Math.max(page, 0), last);
+  const start = state.page * PAGE, shown = state.level === "all" ? levels : [levels[state.level]];
+  near.disconnect();
+  hideReadout();
+  const cards = chosen.slice(start, start + PAGE).map((photo) => card(photo, shown));
+  find("gallery").replaceChildren(...(cards.length ? cards : [el("p", { class: "empty" }, "No photo is like that.")]));
+  const text = chosen.length ? `${start + 1}–${start + cards.length} of ${chosen.length.toLocaleString("en")}` : "none";
+  for (const pager of document.querySelectorAll(".pager")) {
+    const button = (label, name, target, off) => {
+      const element = el("button", { type: "button", "aria-label": name }, label);
+      element.disabled = off;
+      element.addEventListener("click", () => turn(target));
+      return element;
+    };
+    pager.replaceChildren(button("«", "first page", 0, state.page === 0), button("‹", "page back", state.page - 1, state.page === 0),
+      el("output", {}, text), button("›", "next page", state.page + 1, state.page === last), button("»", "last page", last, state.page === last));
+  }
+}
+
+function turn(page) {
+  showPage(page);
+  find("controls").scrollIntoView();
+}
+
+// --- one photo, large ---
+let viewed = 0;
+
+function openViewer(photo) {
+  showInViewer(chosen.indexOf(photo));
+  if (!find("viewer").open) find("viewer").showModal();
+}
+
+function showInViewer(index) {
+  viewed = Math.min(Math.max(index, 0), chosen.length - 1);
+  const photo = chosen[viewed], element = card(photo, levels);
+  const button = (label, name, action) => {
+    const made = el("button", { type: "button", "aria-label": name }, label);
+    made.addEventListener("click", action);
+    return made;
+  };
+  hideReadout();
+  find("viewer").replaceChildren(el("div", { class: "bar-top" },
+    button("‹", "photo before", () => showInViewer(viewed - 1)), button("›", "next photo", () => showInViewer(viewed + 1)),
+    el("output", {}, `${viewed + 1} of ${chosen.length.toLocaleString("en")}`),
+    el("a", { href: address("overlay", photo.id, "jpg"), target: "_blank" }, "full size"),
+    button("✕", "close", () => find("viewer").close())), element);
+}
+
+function onViewerClosed() {
+  hideReadout();
+  find("viewer").replaceChildren();
+  const page = Math.floor(viewed / PAGE);
+  if (page !== state.page) turn(page);
+}
+
+// --- controls ---
+function option(value, text) {
+  return el("option", { value }, text);
+}
+
+function drawControls() {
+  find("sort").append(...levels.map((level, i) => option(`level-${i}`, `mIoU${level.number} of the photo`)),
+    option("class", "IoU of the class"), option("violations", "violations"), option("id", "id"));
+  find("level").append(option("all", "all levels"), ...levels.map((level, i) => option(i, `level ${level.number}: ${level.name}`)));
+  find("class").append(option("", "any"));
+  const seen = new Set();
+  for (const level of levels) {
+    const fresh = levelNodes(level).filter((node) => !seen.has(node.id));
+    fresh.forEach((node) => seen.add(node.id));
+    if (fresh.length) find("class").append(el("optgroup", { label: level.name }, ...fresh.map((node) => option(node.id, node.name))));
+  }
+  for (const name of ["sort", "order", "class", "where", "search", "level"]) {
+    find(name).value = state[name];
+    find(name).addEventListener("input", () => {
+      state[name] = find(name).value;
+      enableControls();
+      choose();
+    });
+  }
+  find("controls").addEventListener("submit", (event) => event.preventDefault());
+  enableControls();
+}
+
+/** Without a class there is nothing to say about where it is, and no IoU of it to sort by. */
+function enableControls() {
+  const isAny = state.class === "";
+  find("where").disabled = isAny;
+  find("sort").querySelector("[value=class]").disabled = isAny;
+  if (isAny && state.sort === "class") find("sort").value = state.sort = "level-0";
+}
+
+function drawLegend() {
+  const entry = (mark, ...text) => el("span", {}, mark, ...text);
+  const nodeEntry = (id) => el("span", { title: path(id).join(" › ") }, "›".repeat(path(id).length - 1), swatch(nodes[id].colour), nodes[id].name);
+  const ramp = el("span", { class: "ramp" });
+  ramp.style.background = `linear-gradient(to right, ${HEAT.map(css)})`;
+  find("legend").append(...report.order.map(nodeEntry),
+    entry(swatch(VOID), "void"), entry(swatch(WRONG), "differs"), entry(swatch(RIGHT), "agrees"),
+    entry(ramp, "violation: how far a score exceeds its parent's, 0 to 1 on a square-root scale"));
+}
+
+function drawDetails() {
+  for (const name of ["config", "environment"]) find(name).textContent = JSON.stringify(scores[name], null, 2);
+  const faults = Object.entries(scores.left_out).map(([id, fault]) => el("li", {}, `${id}: ${fault}`));
+  if (faults.length) find("left-out").append(el("p", { class: "warning" }, `${faults.length} photos could not be read and are in no score:`), el("ul", {}, ...faults));
+}
+
+let byPointer = false;
+
+function onKey(event) {
+  byPointer = false;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches?.("input, select, textarea")) return;
+  const step = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  if (find("viewer").open) showInViewer(viewed + step);
+  else turn(state.page + step);
+}
+
+function listen() {
+  document.addEventListener("keydown", onKey);
+  document.addEventListener("pointerdown", () => { byPointer = true; }, true);
+  // a list chosen from with the mouse would go on taking the arrow keys
+  document.addEventListener("change", (event) => { if (byPointer && event.target.matches("select")) event.target.blur(); });
+  document.addEventListener("pointermove", (event) => { if (event.pointerType !== "touch") point(event); });
+  document.addEventListener("pointerdown", point);
+  document.addEventListener("scroll", hideReadout, { passive: true });
+  find("gallery").addEventListener("click", (event) => {
+    const element = event.target.closest(".picture")?.closest(".card");
+    if (element && event.pointerType !== "touch") openViewer(element.photo);
+  });
+  find("viewer").addEventListener("close", onViewerClosed);
+  find("share").addEventListener("change", drawConfusion);
+}
+
+drawHead();
+find("score-tables").append(...levels.map(scoreTable));
+drawRules();
+drawConfusion();
+drawLegend();
+drawControls();
+drawDetails();
+listen();
+choose();

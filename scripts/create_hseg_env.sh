@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Makes the Python environment hseg_env: with conda where there is conda, else as a venv in the repository.
+#
+#   bash scripts/create_hseg_env.sh          # what training and evaluation need
+#   bash scripts/create_hseg_env.sh --dev    # and the tests and ruff
+#
+# A second call is quick: it installs only when the requirements have changed. HSEG_NO_CONDA=1 keeps conda out of
+# it; PYTHON=python3.12 names the Python of the venv. The last line of the output is the environment's python.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+requirements=(requirements.txt)
+case "${1:-}" in
+    "") ;;
+    --dev) requirements=(requirements.txt requirements-tools.txt requirements-dev.txt) ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) fail "unknown argument $1; the only one is --dev" ;;
+esac
+
+is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
+        if is_supported "$candidate"; then echo "$candidate"; return; fi
+    done
+    fail "found no Python 3.10 to 3.13 (python3 is $(python3 -V 2>&1 || true)); install one, or name it: PYTHON=/path/to/python bash $0"
+}
+
+make_with_conda() {
+    env=$(conda info --base)/envs/hseg_env
+    if [ ! -x "$env/bin/python" ]; then
+        echo "creating the conda environment hseg_env" >&2
+        conda create --yes --quiet --name hseg_env python=3.12 >&2 ||
+            fail "conda could not create hseg_env; HSEG_NO_CONDA=1 makes a venv instead"
+    fi
+}
+
+make_with_venv() {
+    env=$PWD/hseg_env
+    if [ ! -x "$env/bin/python" ] || ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
+        local python; python=$(find_python)
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "$python cannot make environments; on Debian and Ubuntu install the package python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+        echo "creating $env with $("$python" -V)" >&2
+        "$python" -m venv "$env" >&2 || fail "$python could not create $env"
+    fi
+}
+
+if [ "${HSEG_NO_CONDA:-0}" != 1 ] && command -v conda >/dev/null; then make_with_conda; else make_with_venv; fi
+python=$env/bin/python
+is_supported "$python" || fail "$env has $("$python" -V 2>&1), expected 3.10 to 3.13; delete that folder and run again"
+
+is_installed() {
+    local file
+    for file in "${requirements[@]}"; do cmp -s "$file" "$env/.installed/$file" || return 1; done
+}
+
+newest=${requirements[-1]}  # it includes the others
+if ! is_installed; then
+    echo "installing $newest into $env (a few minutes the first time)" >&2
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$newest" >&2 ||
+        fail "pip could not install $newest; its own message stands above"
+    mkdir -p "$env/.installed"
+    cp "${requirements[@]}" "$env/.installed/"
+fi
+echo "$python"

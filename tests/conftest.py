@@ -1,0 +1,43 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tools.make_sample_data import Settings, make_data_set
+from utils.encoding import encode_folder
+from utils.hierarchy import Hierarchy
+
+REPO = Path(__file__).resolve().parents[1]
+SAMPLE = Settings(train=6, val=4, size=64, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tree() -> Hierarchy:
+    return Hierarchy.load(REPO / "configs" / "hierarchies" / "pascal_part.json")
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory, tree) -> Path:
+    """Ten drawn photos, 64 pixels high or wide, with their encoding; to be read only."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    make_data_set(SAMPLE, folder)
+    encode_folder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", tree)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pascal_part_root() -> Path:
+    return _folder_of("PASCAL_PART_ROOT", "the prepared Pascal-Person-Part set")
+
+
+@pytest.fixture(scope="session")
+def pascal_part_raw() -> Path:
+    return _folder_of("PASCAL_PART_RAW", "raw Pascal-Part annotations")
+
+
+def _folder_of(variable: str, what: str) -> Path:
+    if not os.environ.get(variable):
+        pytest.skip(f"needs {what}: set {variable} to its folder")
+    return Path(os.environ[variable])

@@ -1,0 +1,153 @@
+"""Tiny data sets and trainings, and child processes that run them and can be killed.
+
+Children come from a fork server that has imported torch already: a start costs a tenth of a second, not four.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+TREE = REPO / "configs" / "hierarchies" / "pascal_part.json"
+BODY, VOID = 6, 255  # the largest leaf id, and ignore_index
+
+TINY = {
+    "exp_name": "tiny",
+    "num_workers": 0,
+    "device": "cpu",
+    "crop_size": 32,
+    "encoder": "resnet18",
+    "pretrained": False,
+    "decoder_channels": [8, 8, 8, 8, 8],
+    "criterion": "tree_min",
+    "batch_size": 2,
+    "n_epochs": 3,
+    "n_val_pictures": 1,
+    "log_every": 1,
+    "save_epoch": 1,
+    "keep": 2,
+}
+
+
+def make_data(folder: Path, train: int = 8, val: int = 3, seed: int = 0) -> Path:
+    """Photos of noise over blocks of labels, and their encoding."""
+    from utils.encoding import encode_folder
+    from utils.hierarchy import Hierarchy
+
+    generator = np.random.default_rng(seed)
+    for name in ("JPEGImages", "gt_masks"):
+        (folder / name).mkdir(parents=True)
+    names = [f"p{i:02}" for i in range(train + val)]
+    for name in names:
+        height, width = generator.integers(36, 52, 2)
+        labels = generator.integers(0, BODY + 1, (height // 8 + 1, width // 8 + 1)).astype(np.uint8)
+        labels = labels.repeat(8, 0).repeat(8, 1)[:height, :width].copy()
+        labels[:2] = VOID
+        photo = 30 * labels[..., None].clip(0, 7) + generator.integers(0, 40, (height, width, 3))
+        Image.fromarray(photo.astype(np.uint8)).save(folder / "JPEGImages" / f"{name}.jpg", quality=95)
+        Image.fromarray(labels).save(folder / "gt_masks" / f"{name}.png")
+    (folder / "train_id.txt").write_text("\n".join(names[:train]) + "\n")
+    (folder / "val_id.txt").write_text("\n".join(names[train:]) + "\n")
+    encode_folder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", Hierarchy.load(TREE))
+    return folder
+
+
+def write_config(root: Path, data: Path, **keys) -> Path:
+    """A config file in `root`, whose experiments lie in `root`, too."""
+    values = TINY | {"root_dir": str(root), "root_data_dir": str(data)} | keys
+    path = root / f"{values['exp_name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+    return path
+
+
+def records(root: Path, name: str = "tiny") -> list[dict]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    lines = (root / "experiments" / name / "metrics.jsonl").read_text().splitlines()
+    timed = ("photos_per_second", "train_seconds")
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def curves(root: Path, name: str = "tiny") -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) of all points in TensorBoard's files, in the order of their time."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    points: dict[str, list] = {}
+    for file in sorted((root / "tensorboard" / name).glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.HasField("tensor") and value.tensor.float_val:
+                    points.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    return points
+
+
+# --- children ---
+class Child:
+    """One run of train.py or evaluate.py in a process of its own, with a slim network unless `real`.
+
+    `prepare(*details)` is called there first; what was printed is in `output`.
+    """
+
+    def __init__(self, script: str, *arguments, log: Path, real: bool = False, prepare: tuple = ()) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preloaded"])
+        self.log = log
+        log.unlink(missing_ok=True)
+        command = [script, *map(str, arguments)]
+        self.process = context.Process(target=_run, args=(command, str(log), real, prepare))
+        self.process.start()
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit status, negative for a signal."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
+        return self.process.exitcode
+
+    def wait_for(self, text: str, seconds: float = 240) -> None:
+        """Until `text` has been printed."""
+        end = time.monotonic() + seconds
+        while text not in self.output:
+            if not self.process.is_alive() or time.monotonic() > end:
+                raise TimeoutError(f"{text!r} was not printed:\n{self.output}")
+            time.sleep(0.02)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def run(script: str, *arguments, log: Path, real: bool = False, prepare: tuple = ()) -> tuple[int, str]:
+    """Exit status and output of one run."""
+    child = Child(script, *arguments, log=log, real=real, prepare=prepare)
+    return child.wait(), child.output
+
+
+def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...]) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv = command
+    multiprocessing.set_start_method("fork", force=True)  # loader processes start as they do for users
+    try:
+        from tests.preloaded import MAINS, slim_down
+        from utils.cli import run_main
+
+        if not real:
+            slim_down()
+        if prepare:
+            prepare[0](*prepare[1:])
+        run_main(MAINS[command[0]])
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)

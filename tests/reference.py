@@ -1,0 +1,198 @@
+"""The definitions in plain loops over pixels and nodes: slow, obvious, and what the fast code is held to.
+
+Nothing here uses a table of `Hierarchy`, only its parents. Losses work on torch scalars, so autograd gives the
+reference gradients.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from utils.hierarchy import Hierarchy
+
+
+def ancestors(v: int, h: Hierarchy) -> list[int]:
+    """v and all above it, from v to its root."""
+    chain = [v]
+    while h.parents[chain[-1]] is not None:
+        chain.append(h.parents[chain[-1]])
+    return chain
+
+
+def descendants(v: int, h: Hierarchy) -> list[int]:
+    """v and all below it."""
+    return [u for u in range(h.num_nodes) if v in ancestors(u, h)]
+
+
+def leaves(h: Hierarchy) -> list[int]:
+    return [v for v in range(h.num_nodes) if v not in h.parents]
+
+
+def is_positive(v: int, label: int, h: Hierarchy) -> bool:
+    return label != h.ignore_index and v in ancestors(label, h)
+
+
+def is_known(v: int, label: int, h: Hierarchy) -> bool:
+    if label == h.ignore_index:
+        return False
+    return v == label or v not in descendants(label, h)
+
+
+def class_at(v: int, level: int, h: Hierarchy) -> int | None:
+    """The class of node v at `level` (0 is level 1), None where v lies above it and is not a leaf."""
+    depth = max(len(ancestors(u, h)) for u in range(h.num_nodes)) - level
+    path = ancestors(v, h)[::-1]
+    if len(path) >= depth:
+        return path[depth - 1]
+    return v if v in leaves(h) else None
+
+
+def pixels(labels: Tensor) -> list[tuple[int, int, int]]:
+    batch, height, width = labels.shape
+    return [(b, i, j) for b in range(batch) for i in range(height) for j in range(width)]
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------
+
+
+def loss(
+    name: str,
+    logits: Tensor,
+    labels: Tensor,
+    h: Hierarchy,
+    gamma: float = 0.0,
+    node_weights: Tensor | None = None,
+) -> Tensor:
+    """Any of the losses: the mean of its pixels' losses over the labelled pixels, 0 if there are none."""
+    total, labelled = logits.sum() * 0, 0  # a zero that depends on the logits, so that it has a gradient
+    for b, i, j in pixels(labels):
+        label = int(labels[b, i, j])
+        if label == h.ignore_index:
+            continue
+        labelled += 1
+        z = logits[b, :, i, j]
+        if name == "ce":
+            total = total + ce_pixel(z, label, h, node_weights)
+        elif name == "path_ce":
+            total = total + sum(ce_pixel(z, v, h, node_weights) for v in ancestors(label, h))
+        else:
+            total = total + binary_pixel(name, z, label, h, gamma, node_weights)
+    return total / max(labelled, 1)
+
+
+def ce_pixel(z: Tensor, label: int, h: Hierarchy, node_weights: Tensor | None) -> Tensor:
+    everything = torch.stack([z[v] for v in leaves(h)])
+    below = torch.stack([z[v] for v in leaves(h) if v in descendants(label, h)])
+    value = everything.logsumexp(0) - below.logsumexp(0)
+    return value if node_weights is None else value * node_weights[label]
+
+
+def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, node_weights: Tensor | None) -> Tensor:
+    total = z.sum() * 0
+    for v in range(h.num_nodes):
+        if not is_known(v, label, h):
+            continue
+        positive = is_positive(v, label, h)
+        logit = z[v]
+        if "tree_min" in name and positive:
+            logit = min((z[u] for u in ancestors(v, h)), key=Tensor.item)
+        elif "tree_min" in name:
+            logit = max((z[u] for u in descendants(v, h) if is_known(u, label, h)), key=Tensor.item)
+        margin = logit if positive else -logit
+        term = softplus(-margin)
+        if "focal" in name:
+            term = term * torch.sigmoid(-margin) ** gamma  # 1 - p_t, without cancellation
+        total = total + (term if node_weights is None else term * node_weights[v])
+    return total
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------
+
+
+def path_score(rule: str, z: list[float], leaf: int, h: Hierarchy) -> float:
+    path = [z[v] for v in ancestors(leaf, h)]
+    scores = [sigmoid(value) for value in path]
+    return {
+        "logit_sum": sum(path),
+        "prob_sum": sum(scores),
+        "prob_mean": sum(scores) / len(scores),
+        "leaf": z[leaf],
+        "tree_min": min(path),
+        "mass": sum(mass(v, z, h) - max(mass(u, z, h) for u in siblings(v, h)) for v in ancestors(leaf, h)),
+    }[rule]
+
+
+def mass(v: int, z: list[float], h: Hierarchy) -> float:
+    """log of the sum of exp(logit) over the leaves at or below v."""
+    logits = [z[u] for u in leaves_below(v, h)]
+    highest = max(logits)
+    return highest + math.log(sum(math.exp(logit - highest) for logit in logits))
+
+
+@functools.cache
+def leaves_below(v: int, h: Hierarchy) -> list[int]:
+    return [u for u in leaves(h) if u in descendants(v, h)]
+
+
+@functools.cache
+def siblings(v: int, h: Hierarchy) -> list[int]:
+    """The nodes with v's parent, v among them; roots are siblings."""
+    return [u for u in range(h.num_nodes) if h.parents[u] == h.parents[v]]
+
+
+def decode(rule: str, logits: Tensor, h: Hierarchy, root_bias: list[float] | None = None) -> Tensor:
+    batch, _, height, width = logits.shape
+    answer = torch.zeros(batch, height, width, dtype=torch.int64)
+    for b, i, j in pixels(answer):
+        z = logits[b, :, i, j].tolist()
+        scores = {leaf: path_score(rule, z, leaf, h) for leaf in leaves(h)}
+        if root_bias is not None:
+            for leaf in scores:
+                scores[leaf] += root_bias[h.roots.index(ancestors(leaf, h)[-1])]
+        answer[b, i, j] = max(scores, key=scores.__getitem__)
+    return answer
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------
+
+
+def level_ious(leaf: Tensor, labels: Tensor, level: int, h: Hierarchy) -> dict[int, float | None]:
+    """IoU of every class of a level, None for those in neither map; pixels without a class there are left out."""
+    truth, answer = [], []
+    for b, i, j in pixels(labels):
+        label = int(labels[b, i, j])
+        if label == h.ignore_index or class_at(label, level, h) is None:
+            continue
+        truth.append(class_at(label, level, h))
+        answer.append(class_at(int(leaf[b, i, j]), level, h))
+    ious: dict[int, float | None] = {}
+    for v in sorted({class_at(leaf, level, h) for leaf in leaves(h)}):
+        both = sum(t == v and a == v for t, a in zip(truth, answer, strict=True))
+        either = sum(t == v or a == v for t, a in zip(truth, answer, strict=True))
+        ious[v] = both / either if either else None
+    return ious
+
+
+def mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def violation_rate(logits: Tensor, labels: Tensor, h: Hierarchy) -> float | None:
+    violated = pairs = 0
+    for b, i, j in pixels(labels):
+        if int(labels[b, i, j]) == h.ignore_index:
+            continue
+        for child, parent in enumerate(h.parents):
+            if parent is not None:
+                pairs += 1
+                violated += bool(logits[b, child, i, j] > 0 >= logits[b, parent, i, j])
+    return violated / pairs if pairs else None

@@ -1,0 +1,338 @@
+"""Checkpoints are whole or refused; disks that fill up, vanish or refuse do not cost what was there."""
+
+import errno
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from manage.checkpoint import (
+    DamagedCheckpoint,
+    find_checkpoint,
+    keep_newest,
+    load_checkpoint,
+    newest_valid,
+    pack,
+    save_checkpoint,
+)
+from tests.factory import Child, make_data, records, run, write_config
+
+STATE = {"model": {"weight": torch.arange(40.0)}, "config": {}, "tree": {}, "epoch": 3}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("checkpoint") / "data", train=4, val=1)
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    """Trains in tmp_path and returns exit status and output."""
+
+    def start(*arguments, prepare=(), **keys):
+        keys = {"n_epochs": 2, "n_val_pictures": 0} | keys
+        cfg = write_config(tmp_path, data, **keys)
+        return run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
+
+    return start
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "experiments" / "tiny" / "models_checkpoints"
+
+
+def write(path: Path, **changes) -> bytes:
+    data = pack(STATE | changes)
+    save_checkpoint(data, path)
+    return data
+
+
+# --- the file ---
+def test_what_is_saved_comes_back_and_torch_alone_can_read_it(tmp_path):
+    write(tmp_path / "a.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "a.pt")["model"]["weight"], torch.arange(40.0))
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["epoch"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_every_truncation_is_seen(tmp_path):
+    data = write(tmp_path / "a.pt")
+    for length in random.Random(0).sample(range(len(data)), 100):
+        (tmp_path / "a.pt").write_bytes(data[:length])
+        with pytest.raises(DamagedCheckpoint, match=r"a\.pt"):
+            load_checkpoint(tmp_path / "a.pt")
+
+
+def test_every_changed_bit_is_seen(tmp_path):
+    data = write(tmp_path / "a.pt")
+    for position in random.Random(0).sample(range(len(data)), 200):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        (tmp_path / "a.pt").write_bytes(changed)
+        with pytest.raises(DamagedCheckpoint, match=r"a\.pt"):
+            load_checkpoint(tmp_path / "a.pt")
+
+
+class Malicious:
+    """Would make the file `victim` if it were unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+@pytest.mark.parametrize("disguise", ["pickle", "torch archive", "with our checksum"])
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, disguise):
+    path, victim = tmp_path / "a.pt", tmp_path / "victim"
+    content = STATE | {"format": 1, "extra": Malicious(victim)}
+    if disguise == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif disguise == "torch archive":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pack(content))
+    with pytest.raises(DamagedCheckpoint, match="refused: it holds Python objects" if "our" in disguise else r"a\.pt"):
+        load_checkpoint(path)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("key", ["model", "config", "tree", "epoch"])
+def test_a_whole_file_that_lacks_something_is_no_checkpoint(tmp_path, key):
+    write(tmp_path / "a.pt", **{key: "nonsense"})
+    with pytest.raises(DamagedCheckpoint, match=key):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_failing_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    write(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def full(_handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "a.pt", epoch=4)
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+# --- which file ---
+def test_the_newest_whole_one_is_found_and_the_damaged_are_named(tmp_path):
+    for name, epoch in (("checkpoint_1", 1), ("previous", 2), ("checkpoint_2", 2), ("last", 3)):
+        write(tmp_path / f"{name}.pt", epoch=epoch)
+        time.sleep(0.01)
+    said = []
+    (tmp_path / "last.pt").write_bytes(b"")
+    (tmp_path / "checkpoint_2.pt").write_bytes(b"PK")
+    path, state = newest_valid(tmp_path, said.append)
+    assert (path.name, state["epoch"]) == ("previous.pt", 2)
+    assert [text.split(":")[0].rpartition("/")[2] for text in said] == ["last.pt", "checkpoint_2.pt"]
+    assert sorted(p.name for p in tmp_path.glob("*.damaged")) == ["checkpoint_2.damaged", "last.damaged"]
+
+
+def test_without_any_whole_checkpoint_nothing_is_begun_anew(tmp_path):
+    assert newest_valid(tmp_path) is None
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint, match="none of its 1 checkpoints is whole"):
+        newest_valid(tmp_path, lambda _: None)
+
+
+def test_keep_removes_the_oldest_numbered_ones_only(tmp_path):
+    for name in ("checkpoint_9", "best", "last", "previous", "checkpoint_10", "checkpoint_11", "checkpoint_2"):
+        write(tmp_path / f"{name}.pt")  # checkpoint_2: of a run that began again from checkpoint_1
+        time.sleep(0.01)
+    keep_newest(tmp_path, 2)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [
+        "best",
+        "checkpoint_11",
+        "checkpoint_2",
+        "last",
+        "previous",
+    ]
+
+
+def test_a_missing_checkpoint_is_answered_with_those_that_are_there(tmp_path):
+    write(tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"'lst'.*holds best\.pt"):
+        find_checkpoint("lst", tmp_path, tmp_path)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        find_checkpoint("x" * 5000, tmp_path, tmp_path)
+
+
+# --- runs ---
+def test_a_run_keeps_the_newest_and_the_best(train, folder):
+    status, output = train(n_epochs=5, keep=2)
+    assert status == 0, output
+    assert {path.stem for path in folder.iterdir()} == {"best", "last", "previous", "checkpoint_4", "checkpoint_5"}
+
+
+def limit_file_size(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_takes_no_checkpoint_is_said_and_the_run_ends_with_an_error(train, folder, tmp_path):
+    status, output = train(prepare=(limit_file_size, 100_000))
+    assert status == 2
+    assert output.count("warning: no checkpoint could be written") == 2  # one at the end of each epoch, no other
+    assert "error: the last checkpoint could not be written" in output
+    assert list(folder.iterdir()) == [], "nothing half-written stays"
+    assert [record["epoch"] for record in records(tmp_path)] == [1, 2]
+    status, output = train("--resume")
+    assert status == 0, output
+    assert [record["epoch"] for record in records(tmp_path)] == [1, 2]
+
+
+def fail_at_first(count: int) -> None:
+    fsync, left = os.fsync, [count]
+
+    def sometimes(handle):
+        if left[0] and ".pt." in os.readlink(f"/proc/self/fd/{handle}"):
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    os.fsync = sometimes
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="tells files apart by /proc")
+def test_a_disk_that_has_room_again_gets_the_next_checkpoint_and_the_best(train, folder):
+    status, output = train(n_epochs=3, prepare=(fail_at_first, 1), monitor="min mIoU3")
+    assert status == 0, output
+    assert "No space left on device); the older ones stand" in output
+    assert load_checkpoint(folder / "last.pt")["epoch"] == 3
+    best = load_checkpoint(folder / "best.pt")
+    assert best["best"] is not None
+    assert best["epoch"] > 1, "the best of epoch 1 was not written, so a later one is the best there is"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 kB: room for three checkpoints of the slim network."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_on_a_disk_that_is_really_full_the_old_checkpoints_stay_whole(small_disk, data, tmp_path):
+    cfg = write_config(small_disk, data, n_epochs=4, n_val_pictures=0, keep=50)
+    status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log")
+    assert status == 2, output
+    assert "No space left on device" in output
+    whole = list((small_disk / "experiments/tiny/models_checkpoints").glob("*.pt"))
+    assert whole
+    assert all(load_checkpoint(path) for path in whole)
+
+
+def wait_in_epoch_two(place: str) -> None:
+    """Prepares a child to wait in its second epoch until `place` is there."""
+    from manage.train_manager import TrainManager
+
+    step = TrainManager.train_step
+
+    def patient(self, group):
+        if self.epoch == 1 and not Path(place).exists():
+            print("waiting", flush=True)
+            while not Path(place).exists():
+                time.sleep(0.02)
+        return step(self, group)
+
+    TrainManager.train_step = patient
+
+
+def test_a_vanished_folder_is_made_anew_and_the_run_can_be_resumed(data, tmp_path):
+    cfg = write_config(tmp_path, data, n_epochs=3, n_val_pictures=0)
+    signal_file = tmp_path / "go"
+    child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=(wait_in_epoch_two, str(signal_file)))
+    child.wait_for("waiting")
+    shutil.rmtree(tmp_path / "experiments")
+    signal_file.touch()
+    assert child.wait() == 0, child.output
+    assert "models_checkpoints has vanished; it is made anew" in child.output
+    status, output = run("train.py", "--cfg", cfg, "--resume", log=tmp_path / "log")
+    assert (status, "is finished" in output) == (0, True), output
+
+
+@pytest.fixture
+def read_only():
+    """Makes a folder read-only, for root too, until the test ends."""
+    made = []
+
+    def make(folder: Path) -> None:
+        bind, seal = ["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]
+        if shutil.which("mount") is None or subprocess.run(bind, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount")
+        made.append(folder)
+        subprocess.run(seal, check=True)
+
+    yield make
+    for folder in made:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(data, tmp_path, read_only):
+    out = tmp_path / "out"
+    out.mkdir()
+    read_only(out)
+    cfg = write_config(tmp_path, data, root_dir=str(out))
+    status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log")
+    assert status == 2, output
+    assert f"error: {out / 'experiments'}: cannot be written (Read-only file system); set root_dir" in output
+
+
+def test_a_folder_that_becomes_read_only_keeps_what_there_was(data, tmp_path, folder, read_only):
+    cfg = write_config(tmp_path, data, n_epochs=2, n_val_pictures=0)
+    prepare = (wait_in_epoch_two, str(tmp_path / "go"))
+    child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=prepare)
+    child.wait_for("waiting")
+    read_only(folder)
+    (tmp_path / "go").touch()
+    assert child.wait() == 2, child.output
+    assert "Read-only file system); the older ones stand" in child.output
+    assert load_checkpoint(folder / "last.pt")["epoch"] == 1
+
+
+def test_inside_an_epoch_last_is_saved_by_the_clock(data, tmp_path, folder):
+    cfg = write_config(tmp_path, data, n_epochs=1, save_last_every_minutes=1e-9)
+    child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=(die_in_step, 1))
+    child.wait()
+    state = load_checkpoint(folder / "last.pt")
+    assert (state["epoch"], state["batch"], state["step"]) == (0, 1, 1)
+
+
+def die_in_step(number: int) -> None:
+    from manage.train_manager import TrainManager
+
+    step = TrainManager.train_step
+
+    def dying(self, group):
+        if self.step == number:
+            os._exit(9)
+        return step(self, group)
+
+    TrainManager.train_step = dying
+
+
+def test_a_checkpoint_of_another_config_is_not_gone_on_from(train, folder, tmp_path):
+    assert train(n_epochs=1)[0] == 0
+    shutil.copy(folder / "last.pt", tmp_path / "other.pt")
+    assert train(n_epochs=1, exp_name="second", lr=0.5)[0] == 0
+    status, output = train("--resume", str(tmp_path / "other.pt"), n_epochs=1, exp_name="second", lr=0.5)
+    assert status == 2
+    assert "other.pt was started with another config" in output
+    assert "lr: 0.01 then, 0.5 now" in output

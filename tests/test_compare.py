@@ -1,0 +1,350 @@
+"""Comparing experiments: statistics against loops and hand values, what is refused, what the reports say."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.config import Config, save_config
+from configs.errors import UserError
+from manage.charts import COLOURS, Interval, interval_chart, line_chart, nice_ticks
+from manage.comparison import (
+    Difference,
+    bootstrap,
+    compare,
+    criterion_name,
+    interval,
+    level_mious,
+    load_experiment,
+    mean_and_spread,
+    resample_counts,
+)
+from manage.experiment import write_json
+from manage.tables import summary
+from tools import compare as tool
+from utils.hierarchy import Hierarchy
+from utils.metrics import scores_from_confusion
+
+PHOTOS = 40
+
+
+def fake_matrices(h: Hierarchy, quality: float, seed: int, photos: int = PHOTOS) -> np.ndarray:
+    """Confusion matrices of photos with fixed labels, `quality` of which are predicted right."""
+    labels = np.random.default_rng(7).integers(0, h.num_leaves, size=(photos, 300))
+    generator = np.random.default_rng(seed + 100)
+    wrong = generator.integers(0, h.num_leaves, size=labels.shape)
+    answer = np.where(generator.random(labels.shape) < quality, labels, wrong)
+    matrices = np.zeros((photos, h.num_nodes, h.num_nodes), dtype=np.int32)
+    for photo in range(photos):
+        np.add.at(matrices[photo], (labels[photo], answer[photo]), 1)
+    return matrices
+
+
+def fake_experiment(
+    root: Path, h: Hierarchy, name: str, quality: float, seed: int = 0, photos: int = PHOTOS, **keys
+) -> Path:
+    """An experiment's folder as train.py and evaluate.py leave it."""
+    config = Config(exp_name=name, seed=seed, root_dir=str(root), n_epochs=3, **keys)
+    folder, scored = config.experiment_dir, config.experiment_dir / "evaluation" / "best"
+    scored.mkdir(parents=True)
+    save_config(config, folder / "configs" / f"{name}.json")
+    matrices = fake_matrices(h, quality, seed, photos)
+    ids = np.array([f"photo{i}" for i in range(photos)])
+    np.savez_compressed(scored / "photos.npz", ids=ids, logit_sum=matrices, leaf=matrices)
+    result = scores_from_confusion(torch.from_numpy(matrices.sum(0, dtype=np.int64)), h) | {"violation_rate": 0.01}
+    environment = {"commit": "abc", "hardware": "a machine"}
+    record = {
+        "checkpoint": "best.pt",
+        "epoch": 3,
+        "decode": config.decode,
+        "root_bias": {},
+        "photos": photos,
+        "scores": summary(result),
+        "levels": result["levels"],
+        "rules": {rule: summary(result) for rule in ("logit_sum", "leaf")},
+        "config": config.to_dict(),
+        "tree": h.to_dict(),
+        "environment": environment,
+    }
+    write_json(record, scored / "scores.json")
+    write_json([environment], folder / "environment.json")
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for epoch in range(1, 4):
+            values = {"epoch": epoch, "loss_train": 1 / epoch, "train_seconds": 60.0 * epoch}
+            values |= {f"mIoU{level}": quality * epoch / 3 for level in (1, 2, 3)}
+            file.write(json.dumps(values) + "\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tree: Hierarchy) -> list[Path]:
+    """Three seeds each of a weak and a good loss."""
+    weak = [fake_experiment(tmp_path, tree, f"bce_seed{s}", 0.5, s) for s in range(3)]
+    return weak + [fake_experiment(tmp_path, tree, f"sum_seed{s}", 0.6, s, criterion=SUM) for s in range(3)]
+
+
+SUM = {"tree_min": 1.0, "bce": 1.0}
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+def test_level_scores_of_many_matrices_equal_those_of_the_metrics(tree: Hierarchy) -> None:
+    matrices = fake_matrices(tree, 0.5, 0, photos=5)
+    for matrix, mious in zip(matrices, level_mious(matrices.astype(float), tree), strict=True):
+        expected = scores_from_confusion(torch.from_numpy(matrix.astype(np.int64)), tree)
+        assert mious.tolist() == pytest.approx([expected[f"mIoU{level}"] for level in (1, 2, 3)])
+
+
+def test_a_class_that_is_absent_is_left_out_and_no_class_at_all_is_nan(tree: Hierarchy) -> None:
+    matrix = np.zeros((10, 10))
+    assert np.isnan(level_mious(matrix, tree)).all()
+    matrix[4, 4] = 3  # one class, all right
+    assert level_mious(matrix, tree).tolist() == [1, 1, 1]
+
+
+def test_a_bootstrap_equals_drawing_photos_in_a_loop(tree: Hierarchy) -> None:
+    matrices = fake_matrices(tree, 0.5, 0, photos=6)
+    counts = resample_counts(6, 4, seed=1)
+    assert counts.sum(axis=1).tolist() == [6] * 4
+    for drawn, mious in zip(counts.astype(int), bootstrap(matrices, counts, tree), strict=True):
+        total = np.zeros((10, 10))
+        for photo, times in enumerate(drawn):
+            for _ in range(times):
+                total += matrices[photo]
+        assert mious.tolist() == pytest.approx(level_mious(total, tree).tolist())
+
+
+def test_the_interval_is_the_middle_95_percent() -> None:
+    assert interval(np.arange(1001) / 1000) == pytest.approx((0.025, 0.975))
+
+
+def test_spread_over_seeds_is_that_of_a_sample() -> None:
+    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_and_spread([1.0]) == (1.0, None)
+    assert mean_and_spread([None]) == (None, None)
+
+
+def difference(value: float, low: float, high: float, by_seed: dict[int, float], photos: int = 100) -> Difference:
+    return Difference("a", "b", "mIoU1", "parts", value, low, high, by_seed, photos)
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        (difference(0.02, 0.01, 0.03, {0: 0.02, 1: 0.02}), "better"),
+        (difference(-0.02, -0.03, -0.01, {0: -0.02}), "worse"),
+        (difference(0.02, -0.01, 0.05, {0: 0.02}), "no evidence of a difference"),
+        (difference(0.02, 0.01, 0.03, {0: 0.06, 1: -0.02}), "no evidence of a difference"),
+        (difference(0.0, 0.0, 0.0, {0: 0.0}), "no evidence of a difference"),
+        (difference(0.02, 0.01, 0.03, {0: 0.02}, photos=5), "too few photos to tell"),
+        (difference(math.nan, math.nan, math.nan, {}), "too few photos to tell"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_the_seeds(given: Difference, verdict: str) -> None:
+    assert given.verdict == verdict
+    assert verdict.split()[0] in given.sentence
+
+
+def test_the_sentence_says_what_one_seed_cannot() -> None:
+    assert "seed's part in it is not known" in difference(0.02, 0.01, 0.03, {0: 0.02}).sentence
+    assert "+2.00 points (95% interval over photos +1.00 to +3.00" in difference(0.02, 0.01, 0.03, {}).sentence
+
+
+# ---- grouping and comparing --------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_only_in_seed_form_a_group(runs: list[Path]) -> None:
+    comparison = compare([load_experiment(folder) for folder in runs], resamples=200)
+    assert [group.label for group in comparison.groups] == ["bce", "tree_min + bce"]
+    assert [group.seeds for group in comparison.groups] == [[0, 1, 2]] * 2
+    assert list(comparison.differing) == ["criterion"]
+
+
+def test_a_better_run_is_called_better_and_the_interval_holds_the_difference(runs: list[Path]) -> None:
+    comparison = compare([load_experiment(folder) for folder in runs], resamples=200)
+    assert [d.verdict for d in comparison.differences] == ["better"] * 3
+    for d in comparison.differences:
+        assert d.low < d.value < d.high
+        assert d.value == pytest.approx(np.mean(list(d.by_seed.values())))
+
+
+def test_two_runs_of_equal_quality_show_no_evidence(tmp_path: Path, tree: Hierarchy) -> None:
+    folders = [
+        fake_experiment(tmp_path, tree, f"{criterion}_{seed}", 0.5, seed, criterion=criterion)
+        for criterion, seed in (("bce", 0), ("bce", 1), ("ce", 2), ("ce", 3))
+    ]
+    comparison = compare([load_experiment(folder) for folder in folders], resamples=200)
+    assert {d.verdict for d in comparison.differences} == {"no evidence of a difference"}
+    assert "no seed in common" in comparison.differences[0].sentence
+
+
+def test_the_same_config_and_seed_twice_are_not_two_seeds(tmp_path: Path, tree: Hierarchy) -> None:
+    folders = [fake_experiment(tmp_path, tree, name, 0.5) for name in ("before", "after")]
+    comparison = compare([load_experiment(folder) for folder in folders], resamples=200)
+    assert [group.label for group in comparison.groups] == ["before", "after"]
+
+
+def test_the_same_resamples_give_the_same_numbers(runs: list[Path]) -> None:
+    first, second = (compare([load_experiment(f) for f in runs], resamples=200).differences for _ in range(2))
+    assert first == second
+
+
+def test_names_of_criteria() -> None:
+    assert criterion_name("bce") == "bce"
+    assert criterion_name({"tree_min": 1.0, "bce": 0.5}) == "tree_min + 0.5 bce"
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_evaluation_names_the_command(runs: list[Path]) -> None:
+    with pytest.raises(UserError, match=r"python evaluate.py --cfg .*bce_seed0.json --checkpoint last"):
+        load_experiment(runs[0], evaluation="last")
+
+
+def test_an_unknown_experiment_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such experiment"):
+        load_experiment(tmp_path / "nothing")
+
+
+def test_a_damaged_evaluation_is_refused(runs: list[Path]) -> None:
+    (runs[0] / "evaluation" / "best" / "photos.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"photos.npz: damaged"):
+        load_experiment(runs[0])
+
+
+def test_a_rule_that_was_not_evaluated_is_refused(runs: list[Path]) -> None:
+    with pytest.raises(UserError, match="was decoded by logit_sum, leaf"):
+        load_experiment(runs[0], rule="prob_sum")
+
+
+def test_other_photos_are_refused(tmp_path: Path, tree: Hierarchy) -> None:
+    folders = [fake_experiment(tmp_path, tree, f"n{photos}", 0.5, photos=photos) for photos in (30, 40)]
+    with pytest.raises(UserError, match=r"other photos, 30 and 40 .*such as photo30"):
+        compare([load_experiment(folder) for folder in folders])
+
+
+def test_another_tree_is_refused(tmp_path: Path, tree: Hierarchy) -> None:
+    other = tree.to_dict()
+    other["nodes"][1]["name"] = "paw"
+    folders = [
+        fake_experiment(tmp_path, tree, "ours", 0.5),
+        fake_experiment(tmp_path, Hierarchy.from_dict(other), "theirs", 0.5),
+    ]
+    with pytest.raises(UserError, match="their trees differ"):
+        compare([load_experiment(folder) for folder in folders])
+
+
+def test_other_labels_of_the_same_photos_are_refused(runs: list[Path]) -> None:
+    path = runs[1] / "evaluation" / "best" / "photos.npz"
+    arrays = dict(np.load(path))
+    arrays["logit_sum"][3] = arrays["logit_sum"][3].T
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(UserError, match=r"labels of 1 photos differ \(the first: photo3\)"):
+        compare([load_experiment(folder) for folder in runs])
+
+
+def test_one_experiment_given_twice_is_refused(runs: list[Path]) -> None:
+    with pytest.raises(UserError, match="given twice"):
+        compare([load_experiment(runs[0]), load_experiment(runs[0])])
+
+
+# ---- reports -----------------------------------------------------------------------------------------------------
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["compare.py", *map(str, arguments)])
+    tool.main()
+
+
+def test_the_tool_writes_every_report(runs, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    run_tool(monkeypatch, *runs, "--out", out, "--resamples", 200)
+    names = ["comparison.html", "comparison.json", "comparison.md"]
+    curves = [f"comparison_{curve}.png" for curve in ("differences", "loss_train", "mIoU1", "mIoU2", "mIoU3")]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names + curves)
+    assert "tree_min + bce is better than bce" in capsys.readouterr().out
+
+
+def test_the_markdown_holds_well_formed_tables_and_the_scores(runs, tmp_path, monkeypatch) -> None:
+    run_tool(monkeypatch, *runs, "--out", tmp_path / "out", "--resamples", 200)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    mean, spread = mean_and_spread([load_experiment(folder).scores["mIoU1"] for folder in runs[:3]])
+    assert f"| bce | 3 | {100 * mean:.2f} ± {100 * spread:.2f} |" in text
+    for picture in re.findall(r"\]\((.*?\.png)\)", text):
+        assert (tmp_path / "out" / picture).is_file()
+
+
+def test_the_page_needs_no_other_file(runs, tmp_path, monkeypatch) -> None:
+    run_tool(monkeypatch, *runs, "--out", tmp_path / "out", "--resamples", 200)
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def test_one_group_is_reported_without_differences(runs, tmp_path, monkeypatch) -> None:
+    run_tool(monkeypatch, *runs[:3], "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| bce | 3 |" in text
+    assert "Differences" not in text
+
+
+def test_names_in_a_page_are_escaped(tmp_path: Path) -> None:
+    page = tool.to_html([tool.Table(["<a>"], [["<b>"]])], "<c>")
+    assert not re.findall(r"<[abc]>", page)
+
+
+# ---- charts ------------------------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_enclose_the_values() -> None:
+    assert nice_ticks(0.3, 9.8) == [0, 2, 4, 6, 8, 10]
+    assert nice_ticks(1, 3, about=9, whole=True) == [1, 2, 3]
+    for low, high in ((5, 5), (-1e-9, 1e-9), (1e6, 3e6)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low <= high <= ticks[-1]
+        assert 2 <= len(ticks) <= 12
+
+
+def test_ticks_of_a_flat_line_are_told_apart_and_never_below_zero() -> None:
+    assert nice_ticks(0, 0)[0] == 0
+    for low, high in ((1 / 3, 1 / 3), (1 / 3, 1 / 3 + 1e-9), (1234.5, 1234.6), (2.5e-7, 2.5e-7), (-4, -4)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] < low <= high < ticks[-1]
+        assert len({f"{tick:g}" for tick in ticks}) == len(ticks)
+
+
+def test_a_chart_shows_each_line_in_its_colour(tmp_path: Path) -> None:
+    line_chart({"a": [(1, 1), (2, 2)], "b": [(1, 2), (2, 1)]}, tmp_path / "chart.png", size=(300, 200))
+    picture = Image.open(tmp_path / "chart.png").convert("RGB")
+    colours = {colour for _, colour in picture.getcolors(300 * 200)}
+    assert picture.size == (300, 200)
+    assert {(0, 114, 178), (213, 94, 0)} <= colours
+
+
+def test_a_chart_without_a_finite_point_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        line_chart({"a": [(1, math.nan)]}, tmp_path / "chart.png")
+
+
+def test_clear_differences_are_coloured_by_their_side(tmp_path: Path) -> None:
+    def has(colour: tuple[int, int, int], *rows: Interval) -> bool:
+        interval_chart({"a": rows}, tmp_path / "chart.png")
+        return colour in {c for _, c in Image.open(tmp_path / "chart.png").convert("RGB").getcolors(1 << 24)}
+
+    better, worse = Interval("b", 2, 1, 3, [1.5, 2.5], True), Interval("w", -2, -3, -1, [], True)
+    unclear = Interval("u", 2, 1, 3, [], False)  # the photos say so, the seeds do not
+    assert has(COLOURS[0], better)
+    assert not has(COLOURS[1], better)
+    assert has(COLOURS[1], worse)
+    assert not has(COLOURS[0], unclear)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        interval_chart({}, tmp_path / "chart.png")

@@ -1,0 +1,115 @@
+"""Diagnosis: hand values on the worked pixel, and one real run from checkpoints to pictures."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.config import load_config
+from configs.errors import UserError
+from manage.diagnostics import Diagnosis, pixel_gradients
+from manage.train_manager import TrainManager
+from tests.factory import make_data, write_config
+from tools import diagnose as tool
+from utils.hierarchy import Hierarchy
+from utils.losses import build_criterion
+
+HEAD, VOID = 4, 255
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def head_pixels(tree: Hierarchy) -> tuple[Tensor, Tensor]:
+    """Two head pixels and a void one, with logits head 2, upper_body 1, body -1 and all others -3."""
+    logits = torch.full((1, 10, 1, 3), -3.0)
+    logits[0, tree.paths[HEAD], 0] = torch.tensor([-1.0, 1.0, 2.0]).unsqueeze(1)
+    return logits, torch.tensor([[[HEAD, HEAD, VOID]]])
+
+
+def diagnose(tree: Hierarchy) -> dict:
+    names = ("bce", "tree_min")
+    diagnosis = Diagnosis(tree, {name: build_criterion(name, tree) for name in names})
+    for _ in range(2):  # sums over batches
+        diagnosis.update(*head_pixels(tree))
+    return diagnosis.summary()
+
+
+def test_tree_min_tells_leaf_and_upper_body_nothing_where_bce_does(tree: Hierarchy) -> None:
+    gradients = diagnose(tree)["gradients"]
+    positive = {name: [gradients[name][tree.names[v]]["positive"] for v in tree.paths[HEAD]] for name in gradients}
+    assert [node["share"] for node in positive["bce"]] == [1, 1, 1]
+    assert [node["share"] for node in positive["tree_min"]] == [1, 0, 0]
+    assert {node["pixels"] for node in positive["bce"]} == {4}
+    sizes = [node["mean_size"] for node in positive["bce"]]
+    assert sizes == pytest.approx([1 - sigmoid(-1), 1 - sigmoid(1), 1 - sigmoid(2)])
+    assert positive["tree_min"][0]["mean_size"] == pytest.approx(3 * (1 - sigmoid(-1)))
+
+
+def test_a_gradient_does_not_depend_on_the_size_of_the_batch(tree: Hierarchy) -> None:
+    logits, labels = head_pixels(tree)
+    criterion = build_criterion("bce", tree)
+    one = pixel_gradients(criterion, logits[..., :1], labels[..., :1], tree)
+    three = pixel_gradients(criterion, logits, labels, tree)
+    assert torch.allclose(one[:, 0], three[:, 0])
+    assert not three[:, 2].any()  # void
+
+
+def test_violations_are_counted_per_child(tree: Hierarchy) -> None:
+    summary = diagnose(tree)
+    assert {name for name, rate in summary["violations"].items() if rate} == {"upper_body"}
+    assert summary["violations"]["upper_body"] == 1
+    assert summary["violation_rate"] == pytest.approx(1 / len(tree.edges))
+
+
+def test_calibration_by_hand(tree: Hierarchy) -> None:
+    logits = torch.zeros(1, 10, 1, 4)
+    logits[0, 0, 0] = torch.tensor([2.0, 2.0, -2.0, 2.0])
+    labels = torch.tensor([[[0, HEAD, 0, VOID]]])
+    diagnosis = Diagnosis(tree, {})
+    diagnosis.update(logits, labels)
+    background = diagnosis.summary()["calibration"]["background"]
+    high, low = sigmoid(2), sigmoid(-2)
+    assert background["share"] == pytest.approx(2 / 3)
+    assert background["mean_score"] == pytest.approx((2 * high + low) / 3)
+    assert background["bins"] == [pytest.approx([low, 1, 1]), pytest.approx([high, 0.5, 2])]
+    assert background["ECE"] == pytest.approx((abs(low - 1) + abs(2 * high - 1)) / 3)
+
+
+def test_nothing_seen_is_none(tree: Hierarchy) -> None:
+    diagnosis = Diagnosis(tree, {"bce": build_criterion("bce", tree)})
+    diagnosis.update(torch.zeros(1, 10, 1, 1), torch.tensor([[[VOID]]]))
+    summary = diagnosis.summary()
+    assert summary["violation_rate"] is None
+    assert summary["gradients"]["bce"]["head"]["positive"] == {"pixels": 0, "share": None, "mean_size": None}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_checkpoints_of_a_run_become_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_data(tmp_path / "data", train=4, val=1)
+    TrainManager(load_config(write_config(tmp_path, tmp_path / "data", n_epochs=2, n_val_pictures=0))).run()
+    folder, out = tmp_path / "experiments" / "tiny", tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["diagnose.py", str(folder), "--photos", "3", "--out", str(out)])
+    tool.main()
+    record = json.loads((out / "diagnosis.json").read_text())
+    assert [(c["epoch"], c["criterion"]) for c in record["checkpoints"]] == [(1, "tree_min"), (2, "tree_min")]
+    assert record["photos"] == 3
+    assert {path.name for path in out.glob("*.png")} == {
+        "tree_min_gradient_share.png",
+        "tree_min_gradient_mean_size.png",
+        "violation_rate.png",
+        "calibration_error.png",
+        "calibration.png",
+    }
+    before = (out / "diagnosis.json").read_bytes()
+    tool.main()
+    assert (out / "diagnosis.json").read_bytes() == before  # the same photos and views
+
+
+def test_a_name_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a checkpoint nor an experiment"):
+        tool.find_checkpoints([str(tmp_path / "nothing")])

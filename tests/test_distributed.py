@@ -1,0 +1,240 @@
+"""Two processes compute what one computes, write once, and end together."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.config import config_from_dict, save_config
+from manage.checkpoint import load_checkpoint
+from tests.conftest import REPO
+
+PATIENCE = 400  # seconds; it takes a few, but machines can be busy
+SMALL = {
+    "pretrained": False,
+    "prior_bias": False,
+    "crop_size": 32,
+    "decoder_channels": [8, 8, 8, 8, 8],
+    "freeze_batchnorm": True,
+    "n_epochs": 2,
+    "num_workers": 0,
+    "device": "cpu",
+    "n_val_pictures": 0,
+    "log_every": 1,
+    "save_epoch": 1,
+}
+
+
+@pytest.fixture
+def config_file(tmp_path, sample_data):
+    """Writes a config with some keys changed and returns its path."""
+
+    def write(**keys) -> Path:
+        values = SMALL | {"root_dir": str(tmp_path), "root_data_dir": str(sample_data)} | keys
+        path = tmp_path / "config.json"
+        save_config(config_from_dict(values, "the test"), path)
+        return path
+
+    return write
+
+
+def command(processes: int, script: str, *arguments) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(REPO / script), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(processes: int, script: str, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(processes, script, *arguments), capture_output=True, text=True, env=environment(), timeout=PATIENCE
+    )
+
+
+def trained(processes: int, cfg: Path, *arguments) -> str:
+    done = run(processes, "train.py", "--cfg", cfg, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def folder(cfg: Path, name: str) -> Path:
+    return cfg.parent / "experiments" / name
+
+
+def weights(cfg: Path, name: str, checkpoint: str = "last") -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder(cfg, name) / "models_checkpoints" / f"{checkpoint}.pt")["model"]
+
+
+def assert_same(one: dict, other: dict) -> None:
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_two_processes_train_to_the_weights_and_scores_of_one(config_file):
+    cfg = config_file()
+    trained(1, cfg, "exp_name=one", "batch_size=2")
+    output = trained(2, cfg, "exp_name=two", "batch_size=1")
+    assert "steps of 2 photos (1 x 1 accumulated x 2 processes)" in output
+    assert_same(weights(cfg, "one"), weights(cfg, "two"))
+    start, end = weights(cfg, "one", "checkpoint_1"), weights(cfg, "one")
+    assert max((end[key] - start[key]).abs().max() for key in end) > 1e-4  # there was something to compare
+    lines = [
+        [json.loads(line) for line in (folder(cfg, name) / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert two["loss_train"] == pytest.approx(one["loss_train"], rel=1e-4)
+        assert two["loss_val"] == pytest.approx(one["loss_val"], rel=1e-4)
+
+
+def test_accumulation_and_processes_together_equal_one_large_batch(config_file):
+    cfg = config_file(n_epochs=1)
+    trained(1, cfg, "exp_name=one", "batch_size=4")
+    trained(2, cfg, "exp_name=two", "batch_size=1", "accumulate=2")
+    # A step of two processes that accumulate holds the same four photos, in another order.
+    assert_same(weights(cfg, "one"), weights(cfg, "two"))
+
+
+def test_two_processes_evaluate_to_exactly_the_scores_of_one(config_file):
+    cfg = config_file(exp_name="scored", n_epochs=1, batch_size=2)
+    trained(1, cfg)
+    results = []
+    for processes, photos in ((1, 3), (2, 3)):  # an odd number: the processes have unequal shares
+        done = run(processes, "evaluate.py", "--cfg", cfg, "--checkpoint", "last", "--limit", photos, "--decode", "all")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("pixel accuracy") == 1
+        place = folder(cfg, "scored") / "evaluation" / "last-limit3"
+        record = json.loads((place / "scores.json").read_text())
+        assert record["photos"] == photos
+        assert {scores["violation_rate"] for scores in record["rules"].values()} == {record["scores"]["violation_rate"]}
+        assert len(list((place / "pictures" / "overlay").iterdir())) == photos
+        page = (place / "index.html").read_text(encoding="utf-8")
+        shown = json.loads(page.split('id="data">')[1].split("</script>")[0])["photos"]
+        maps = {script.name: script.read_text() for script in (place / "pictures" / "report").glob("*.js")}
+        assert len(shown) == len(maps) == photos
+        with np.load(place / "photos.npz") as per_photo:
+            counts = {k: per_photo[k] for k in per_photo}
+        results.append((record["scores"], record["levels"], record["rules"], shown, maps, counts))
+    one, two = results
+    assert one[:-1] == two[:-1]
+    assert all(np.array_equal(one[-1][key], two[-1][key]) for key in one[-1])
+
+
+class started:
+    """A training in the background; killed at the end whatever happens."""
+
+    def __init__(self, processes: int, cfg: Path, *arguments) -> None:
+        self.log = cfg.with_name(f"output-{time.monotonic_ns()}.txt")
+        with open(self.log, "w") as file:
+            self.process = subprocess.Popen(
+                command(processes, "train.py", "--cfg", cfg, *arguments),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+            )
+        self.send_signal = self.process.send_signal
+
+    def __enter__(self) -> "started":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    @property
+    def returncode(self) -> int:
+        return self.process.returncode
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def end(self) -> str:
+        """Waits for the end and returns all it has said."""
+        self.process.wait(PATIENCE)
+        return self.output()
+
+    def wait_for(self, condition) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.05)
+
+    def pid_of_rank(self, rank: int) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        marked = f"RANK={rank}".encode()
+        return next(int(pid) for pid in children if marked in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
+def test_a_killed_process_ends_the_run_which_resumes_with_any_number(config_file):
+    cfg = config_file(exp_name="killed", n_epochs=500, batch_size=1, num_workers=1)
+    checkpoints = folder(cfg, "killed") / "models_checkpoints"
+    with started(2, cfg) as run:
+        run.wait_for(lambda: (checkpoints / "last.pt").exists())
+        os.kill(run.pid_of_rank(1), signal.SIGKILL)
+        output = run.end()
+    assert run.returncode != 0
+    assert output.count("error: a process of this run is gone") == 1
+
+    with started(2, cfg, "--resume") as run:
+        run.wait_for(lambda: "experiment 'killed'" in run.output())
+        run.send_signal(signal.SIGTERM)  # torchrun passes it on to all
+        output = run.end()
+    assert output.count("resumed from") == 1
+    assert output.count("stopped by SIGTERM") == 1
+    assert "error: " not in output
+
+    with started(1, cfg, "--resume") as run:
+        run.wait_for(lambda: "experiment 'killed'" in run.output())
+        run.send_signal(signal.SIGTERM)
+        output = run.end()
+    assert "2 processes before, 1 now: a step takes 1 photos from here on" in output
+
+
+def test_a_fault_in_one_process_ends_all_and_is_told_once(config_file, sample_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sample_data, data)
+    damaged = (data / "train_id.txt").read_text().split()[0]
+    next((data / "JPEGImages").glob(f"{damaged}.*")).write_bytes(b"not a photo")
+    cfg = config_file(exp_name="faulty", batch_size=3, root_data_dir=str(data))
+    done = run(2, "train.py", "--cfg", cfg)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert damaged in done.stderr
+
+
+def test_a_fault_in_all_processes_is_told_once(config_file):
+    done = run(2, "train.py", "--cfg", config_file(batch_size=1), "--resume")
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "nothing to resume there" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_the_photos_of_all_processes(config_file, sample_data):
+    cfg = config_file(exp_name="wild", lr=100, batch_size=1, n_epochs=50)
+    done = run(2, "train.py", "--cfg", cfg)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    error = done.stderr.partition("error: ")[2]
+    parts = sorted(folder(cfg, "wild").glob("non_finite_step_*.pt"))
+    assert [path.stem.rpartition("_")[2] for path in parts] == ["rank0", "rank1"]
+    assert all(str(path) in error for path in parts)
+    saved = [torch.load(path, weights_only=True) for path in parts]
+    ids = [sample_id for part in saved for sample_id in part["ids"]]
+    assert f"Photos: {', '.join(ids)}. " in error
+    assert len(set(ids)) == 2
+    assert set(ids) <= set((sample_data / "train_id.txt").read_text().split())
+    assert all(part["batches"][0]["image"].shape == (1, 3, 32, 32) for part in saved)

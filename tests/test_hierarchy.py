@@ -1,0 +1,192 @@
+"""The tree file is read strictly, and its tables say what the definitions say."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from tests import reference
+from utils.hierarchy import Hierarchy
+
+TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
+SHIPPED = sorted(TREES.glob("*.json"))
+
+
+@pytest.fixture
+def pascal() -> Hierarchy:
+    return Hierarchy.load(TREES / "pascal_part.json")
+
+
+def test_pascal_part_is_the_tree_of_the_data(pascal: Hierarchy) -> None:
+    assert pascal.names[:7] == ("background", "low_hand", "torso", "low_leg", "head", "up_leg", "up_hand")
+    assert (pascal.num_nodes, pascal.num_leaves, pascal.num_levels) == (10, 7, 3)
+    below = {pascal.names[v]: {pascal.names[c] for c in pascal.children[v]} for v in (7, 8, 9)}
+    assert below == {
+        "upper_body": {"head", "torso", "up_hand", "low_hand"},
+        "lower_body": {"up_leg", "low_leg"},
+        "body": {"upper_body", "lower_body"},
+    }
+    assert pascal.level_classes == ([0, 1, 2, 3, 4, 5, 6], [0, 8, 9], [0, 7])
+    assert pascal.background == {0}
+
+
+def test_cityscapes_has_19_classes_under_7_categories() -> None:
+    h = Hierarchy.load(TREES / "cityscapes.json")
+    assert [len(classes) for classes in h.level_classes] == [19, 7]
+    assert h.leaves == tuple(range(19))
+
+
+def test_the_deep_tree_has_several_roots_and_leaves_at_every_depth() -> None:
+    h = Hierarchy.load(TREES / "synthetic_deep.json")
+    assert h.num_levels == 5
+    assert len(h.roots) > 2
+    assert {len(h.paths[leaf]) for leaf in h.leaves} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_tree_survives_dict_json_and_pickle(path: Path) -> None:
+    h = Hierarchy.load(path)
+    again = Hierarchy.from_dict(json.loads(json.dumps(h.to_dict())))
+    assert again.to_dict() == h.to_dict() == json.loads(path.read_text())
+    h.encode(torch.zeros(1, 1, 1, dtype=torch.uint8))  # fills the table cache, which must not be pickled
+    assert pickle.loads(pickle.dumps(h)).fingerprint == again.fingerprint == h.fingerprint
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_level_classes_follow_the_definition(path: Path) -> None:
+    h = Hierarchy.load(path)
+    for level in range(h.num_levels):
+        for v in range(h.num_nodes):
+            expected = reference.class_at(v, level, h)
+            assert h.level_tables[level][v] == (h.ignore_index if expected is None else expected)
+
+
+def test_fingerprint_sees_names_and_parents_but_not_colours(pascal: Hierarchy) -> None:
+    def changed(key: str, value: object) -> str:
+        tree = pascal.to_dict()
+        tree["nodes"][6][key] = value
+        return Hierarchy.from_dict(tree).fingerprint
+
+    assert changed("colour", [1, 2, 3]) == pascal.fingerprint
+    assert changed("name", "arm") != pascal.fingerprint
+    assert changed("parent", 9) != pascal.fingerprint
+
+
+def test_encode_marks_the_path_and_leaves_what_lies_below_unknown(pascal: Hierarchy) -> None:
+    head, body, void = 4, 7, 255
+    targets, known = pascal.encode(torch.tensor([[[head, body, void]]], dtype=torch.uint8))
+    assert targets[0, :, 0, 0].nonzero().flatten().tolist() == [4, 7, 8]
+    assert known[0, :, 0, 0].all()
+    assert targets[0, :, 0, 1].nonzero().flatten().tolist() == [7]
+    assert known[0, :, 0, 1].nonzero().flatten().tolist() == [0, 7]
+    assert not known[0, :, 0, 2].any()
+    assert not targets[0, :, 0, 2].any()
+
+
+def test_encode_takes_any_integer_type_and_leaves_the_labels_alone(pascal: Hierarchy) -> None:
+    labels = torch.tensor([[[0, 4], [7, 255]], [[8, 9], [255, 1]]])
+    expected, _ = pascal.encode(labels)
+    assert expected.shape == (2, 10, 2, 2)
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        typed = labels.to(dtype)
+        assert torch.equal(pascal.encode(typed)[0], expected)
+        assert torch.equal(typed, labels.to(dtype))
+
+
+def test_level_of_maps_tensors_and_arrays_alike(pascal: Hierarchy) -> None:
+    labels = torch.tensor([[0, 4, 5, 8, 7, 255]], dtype=torch.uint8)
+    wanted = [[0, 4, 5, 255, 255, 255], [0, 8, 9, 8, 255, 255], [0, 7, 7, 7, 7, 255]]
+    for level, row in enumerate(wanted):
+        as_tensor = pascal.level_of(labels, level)
+        as_array = pascal.level_of(labels.numpy(), level)
+        assert as_tensor.tolist() == as_array.tolist() == [row]
+        assert as_tensor.dtype == torch.uint8
+        assert as_array.dtype == np.uint8
+
+
+def test_labels_of_another_tree_are_refused(pascal: Hierarchy) -> None:
+    with pytest.raises(UserError, match=r"\[10, 254\].*pascal_part.*0 to 9"):
+        pascal.encode(torch.tensor([[[0, 10, 254]]], dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"-1"):
+        pascal.encode(torch.tensor([[[0, -1]]]))
+
+
+def node(v: int, name: str, parent: int | None = None, **more: object) -> dict:
+    return {"id": v, "name": name, "parent": parent, "colour": [v, 0, 0], **more}
+
+
+GOOD = {
+    "name": "t",
+    "ignore_index": 255,
+    "levels": ["leaf", "root"],
+    "nodes": [node(0, "a"), node(1, "b", 2), node(2, "c")],
+}
+
+
+def edited(**changes: object) -> dict:
+    return copy.deepcopy(GOOD) | changes
+
+
+def with_nodes(*nodes: dict) -> dict:
+    return edited(nodes=list(nodes))
+
+
+BROKEN = {
+    "unknown key": (edited(extra=1), "'extra'"),
+    "missing key": ({k: v for k, v in GOOD.items() if k != "levels"}, "'levels'"),
+    "unknown node key": (with_nodes(node(0, "a", color=1)), "'color'"),
+    "no nodes": (with_nodes(), "at least one"),
+    "duplicate id": (with_nodes(node(0, "a"), node(0, "b")), "id 0 .*'a' and 'b'"),
+    "gap in ids": (with_nodes(node(0, "a"), node(2, "b")), "1 is missing.*node 2 \\(b\\)"),
+    "duplicate name": (with_nodes(node(0, "a"), node(1, "a", 2), node(2, "c")), "same name 'a'"),
+    "unknown parent": (with_nodes(node(0, "a"), node(1, "b", 7), node(2, "c")), "node 1 \\(b\\).*parent 7"),
+    "cycle": (with_nodes(node(0, "a"), node(1, "b", 2), node(2, "c", 1)), "cycle.*b -> c -> b"),
+    "own parent": (with_nodes(node(0, "a", 0)), "cycle, a -> a"),
+    "parent by name": (with_nodes(node(0, "a"), node(1, "b", "c"), node(2, "c")), "'parent' is 'c'"),
+    "boolean id": (with_nodes(node(0, "a") | {"id": False}), "'id' must be an integer"),
+    "empty name": (with_nodes(node(0, " ")), "non-empty"),
+    "bad colour": (with_nodes(node(0, "a") | {"colour": [0, 0, 256]}), "'colour' is"),
+    "same colour": (edited(nodes=[*GOOD["nodes"][:2], node(2, "c") | {"colour": [0, 0, 0]}]), "same colour"),
+    "background with children": (edited(nodes=[*GOOD["nodes"][:2], node(2, "c", background=True)]), "node 2"),
+    "background not a root": (
+        with_nodes(node(0, "a"), node(1, "b", 2, background=True), node(2, "c")),
+        "node 1",
+    ),
+    "too few level names": (edited(levels=["leaf"]), "2 levels deep"),
+    "level name of another folder": (edited(levels=["leaf", "Overlay"]), "'Overlay', a folder of other pictures"),
+    "level name with a folder": (edited(levels=["leaf", "../root"]), "without /"),
+    "repeated level names": (edited(levels=["leaf", "leaf"]), "2 different names"),
+    "void is a node": (edited(ignore_index=2), "'ignore_index' is 2"),
+    "nameless": (edited(name=""), "'name'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_tree_is_refused_with_its_file_and_node(case: str, tmp_path: Path) -> None:
+    tree, message = BROKEN[case]
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=message) as error:
+        Hierarchy.load(path)
+    assert "tree.json" in str(error.value)
+
+
+def test_the_good_tree_of_these_cases_loads() -> None:
+    assert Hierarchy.from_dict(copy.deepcopy(GOOD)).leaves == (0, 1)
+
+
+def test_duplicate_json_keys_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps(GOOD).replace('"name": "b"', '"name": "x", "name": "b"'))
+    with pytest.raises(UserError, match=r"'name' is given twice in .*'b'"):
+        Hierarchy.load(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Hierarchy.load(path)
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        Hierarchy.load(tmp_path / "nowhere.json")

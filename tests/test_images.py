@@ -1,0 +1,217 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import UserError
+from utils.images import find_file, photo_size, read_ids, read_labels, read_photo, write_indexed
+
+RED = (200, 40, 40)
+
+
+def save(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+# ---- photos ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", ".jpg"), ("CMYK", ".jpg"), ("P", ".png"), ("RGB", ".png"), ("1", ".png")]
+)
+def test_every_mode_is_read_as_the_rgb_it_stands_for(tmp_path, mode, suffix):
+    picture = Image.new("RGB", (40, 30), RED).convert(mode)
+    photo = read_photo(save(tmp_path / f"a{suffix}", picture))
+    assert (photo.mode, photo.size) == ("RGB", (40, 30))
+    expected = np.asarray(picture.convert("RGB"), int)
+    assert np.abs(np.asarray(photo, int) - expected).max() <= 6
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_are_white(tmp_path, mode):
+    picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    assert read_photo(save(tmp_path / "a.png", picture)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_transparent_palette_colour_is_white(tmp_path):
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([0, 0, 0, *RED])
+    assert read_photo(save(tmp_path / "a.png", picture, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bit_grey_keeps_its_brightness(tmp_path):
+    grey = np.array([[0, 128 * 256, 65535]], np.uint16)
+    photo = np.asarray(read_photo(save(tmp_path / "a.png", Image.fromarray(grey))))
+    assert photo[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation):
+    upright = np.zeros((24, 48, 3), np.uint8)
+    upright[:8, :16] = 255  # a mark at the top left
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that the camera did
+    stored = Image.fromarray(upright)
+    if orientation > 1:
+        stored = stored.transpose(undo[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.jpg", stored, exif=exif, quality=95)
+    photo = np.asarray(read_photo(path), int)
+    assert photo_size(path) == (48, 24)
+    assert photo.shape == upright.shape
+    assert np.abs(photo - upright).mean() < 5
+    assert read_photo(path, 12).size == (24, 12)
+
+
+@pytest.mark.parametrize("size", [(500, 333), (333, 500), (97, 1000), (50, 60)])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_the_short_side_is_the_asked_one(tmp_path, size, suffix):
+    path = save(tmp_path / f"a{suffix}", Image.new("RGB", size, RED))
+    photo = read_photo(path, 64)
+    assert min(photo.size) == 64
+    assert max(photo.size) == pytest.approx(64 * max(size) / min(size), abs=1)
+
+
+def test_fast_decoding_shows_the_same_picture(tmp_path):
+    ramp = np.linspace(0, 255, 800).astype(np.uint8)
+    path = save(tmp_path / "a.jpg", Image.fromarray(np.tile(ramp, (600, 1))).convert("RGB"), quality=95)
+    slow = read_photo(path).resize((133, 100), Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(read_photo(path, 100), int) - np.asarray(slow, int)).max() <= 4
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_damaged_photo_is_named(tmp_path, content, suffix):
+    path = tmp_path / f"broken{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+    save(path, Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[:2000] if content == "half" else content)
+    for short_side in (None, 16):  # a JPEG is then decoded at a smaller scale
+        with pytest.raises(UserError, match=rf"broken\{suffix} cannot be read, it may be damaged"):
+            read_photo(path, short_side)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
+    """A file of a hundred bytes that promises ten gigabytes of pixels."""
+    size = struct.pack(">II", 100_000, 100_000)
+    chunks = [(b"IHDR", size + bytes([8, 0, 0, 0, 0])), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    for read in (read_photo, photo_size, read_labels):
+        with pytest.raises(UserError, match=r"bomb\.png .*decompression bomb"):
+            read(path)
+
+
+def test_a_picture_too_large_to_be_a_photo_is_refused(tmp_path, monkeypatch):
+    path = save(tmp_path / "bomb.png", Image.new("L", (200, 200)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"bomb\.png"):
+        read_photo(path)
+
+
+def test_an_absent_photo_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jpg does not exist"):
+        read_photo(tmp_path / "a.jpg")
+
+
+# ---- label maps --------------------------------------------------------------------------------------------
+
+LABELS = np.array([[0, 1, 2], [6, 9, 255]], np.uint8)
+
+
+def test_what_is_written_is_read_again_with_its_colours(tmp_path):
+    path = tmp_path / "a.png"
+    write_indexed(path, LABELS, [(9, 9, 9), RED])
+    assert (read_labels(path) == LABELS).all()
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        assert image.convert("RGB").getpixel((1, 0)) == RED
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint16])
+def test_grey_png_and_npy_hold_raw_labels(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", LABELS.astype(dtype))
+    save(tmp_path / "a.png", Image.fromarray(LABELS))
+    for name in ("a.npy", "a.png"):
+        labels = read_labels(tmp_path / name)
+        assert labels.dtype == np.uint8
+        assert (labels == LABELS).all()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("RGB", (3, 2)),
+        Image.new("1", (3, 2)),
+        Image.fromarray(LABELS.astype(np.uint16)),
+        Image.new("LA", (3, 2)),
+    ],
+    ids=["rgb", "1-bit", "16-bit", "with alpha"],
+)
+def test_a_png_that_holds_no_labels_is_refused(tmp_path, image):
+    with pytest.raises(UserError, match=r"odd\.png"):
+        read_labels(save(tmp_path / "odd.png", image))
+
+
+def test_a_jpeg_with_the_name_of_a_png_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"odd\.png"):
+        read_labels(save(tmp_path / "odd.png", Image.fromarray(LABELS), format="JPEG"))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [LABELS.astype(float), LABELS[None], LABELS.astype(int) - 1, LABELS.astype(int) + 1, LABELS > 1, LABELS[:0]],
+    ids=["floats", "3-D", "negative", "256", "booleans", "empty"],
+)
+def test_an_array_that_holds_no_labels_is_refused(tmp_path, array):
+    np.save(tmp_path / "odd.npy", array)
+    with pytest.raises(UserError, match=r"odd\.npy"):
+        read_labels(tmp_path / "odd.npy")
+
+
+def test_pickled_arrays_are_never_loaded(tmp_path):
+    np.save(tmp_path / "odd.npy", np.array([[{}]], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"odd\.npy"):
+        read_labels(tmp_path / "odd.npy")
+
+
+def test_a_failed_write_says_where_and_leaves_nothing(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*a\.png"):
+        write_indexed(tmp_path / "a.png", LABELS, [])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+# ---- ids ---------------------------------------------------------------------------------------------------
+
+
+def test_ids_keep_their_order_without_bom_blank_lines_and_carriage_returns(tmp_path):
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbf2008_2\r\n\r\n 2008_1 \r\n2007.b")
+    assert read_ids(tmp_path / "ids.txt") == ["2008_2", "2008_1", "2007.b"]
+
+
+@pytest.mark.parametrize("bad", ["../x", "/x", "a/b", "a\\b", ".", ".x", "c:x", "a\0b", "a 1", "x.jpg", "x.PNG", "ok"])
+def test_a_bad_id_is_named_with_file_and_line(tmp_path, bad):
+    (tmp_path / "ids.txt").write_text(f"ok\n\n{bad}\n")
+    with pytest.raises(UserError, match=r"ids\.txt, line 3"):
+        read_ids(tmp_path / "ids.txt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_an_id_file_without_ids_is_refused(tmp_path, content):
+    (tmp_path / "ids.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"ids\.txt"):
+        read_ids(tmp_path / "ids.txt")
+
+
+def test_a_file_is_found_in_the_order_of_the_suffixes(tmp_path):
+    for name in ("a.png", "a.JPG", "b.npy"):
+        (tmp_path / name).touch()
+    assert find_file(tmp_path, "a", (".jpg", ".png")).name == "a.JPG"
+    with pytest.raises(UserError, match=r"'b'.*\.jpg, \.png"):
+        find_file(tmp_path, "b", (".jpg", ".png"))

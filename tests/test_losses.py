@@ -1,0 +1,342 @@
+"""Losses: worked numbers, facts from the formulas, extreme inputs. Random trees are in test_properties.py."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.nn.functional import cross_entropy
+
+from configs.errors import UserError
+from tests import reference
+from utils import chunks
+from utils.hierarchy import Hierarchy
+from utils.losses import LOSSES, build_criterion, node_weights
+
+TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
+NAMES = sorted(LOSSES)
+HEAD, UPPER, BODY, VOID = 4, 8, 7, 255
+
+
+@pytest.fixture(scope="module")
+def h() -> Hierarchy:
+    return Hierarchy.load(TREES / "pascal_part.json")
+
+
+def random_case(h: Hierarchy, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Logits (2, N, 3, 4) and labels at any depth, some void."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, h.num_nodes, 3, 4, generator=generator, dtype=torch.float64) * scale
+    labels = torch.randint(0, h.num_nodes + 1, (2, 3, 4), generator=generator)
+    return logits.to(dtype), labels.masked_fill(labels == h.num_nodes, h.ignore_index)
+
+
+def value_and_grad(name: str, logits: Tensor, labels: Tensor, h: Hierarchy, **more: object) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    value = LOSSES[name](logits, labels, h, **more)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def head_pixel() -> tuple[Tensor, Tensor]:
+    """The worked pixel: a head with logits head 2, upper_body 1, body -1, all others -3."""
+    logits = torch.full((1, 10, 1, 1), -3.0, dtype=torch.float64)
+    logits[0, [HEAD, UPPER, BODY], 0, 0] = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64)
+    return logits, torch.tensor([[[HEAD]]])
+
+
+def test_bce_of_the_worked_pixel(h: Hierarchy) -> None:
+    value, grad = value_and_grad("bce", *head_pixel(), h)
+    assert value.item() == pytest.approx(softplus(-2) + softplus(-1) + softplus(1) + 7 * softplus(-3))
+    assert grad[0, HEAD, 0, 0].item() == pytest.approx(1 / (1 + math.exp(-2)) - 1)
+
+
+def test_tree_min_of_the_worked_pixel_sends_all_positive_gradient_to_body(h: Hierarchy) -> None:
+    value, grad = value_and_grad("tree_min", *head_pixel(), h)
+    assert value.item() == pytest.approx(3 * softplus(1) + 7 * softplus(-3))
+    assert grad[0, [HEAD, UPPER], 0, 0].tolist() == [0, 0]
+    assert grad[0, BODY, 0, 0].item() == pytest.approx(-3 / (1 + math.exp(-1)))
+
+
+def test_focal_of_one_node_by_hand() -> None:
+    h = Hierarchy("t", ["a"], [None], [(0, 0, 0)], ["only"])
+    p = 1 / (1 + math.exp(-0.5))
+    value, _ = value_and_grad("focal", torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1).int(), h, gamma=2.0)
+    assert value.item() == pytest.approx(-((1 - p) ** 2) * math.log(p))
+
+
+def test_a_pixel_labelled_body_trains_body_and_background_alone(h: Hierarchy) -> None:
+    logits, _ = random_case(h)
+    for name in ("bce", "focal"):
+        _, grad = value_and_grad(name, logits, torch.full((2, 3, 4), BODY), h)
+        trained = grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
+        assert trained == [0, BODY]
+        assert (grad[:, BODY] < 0).all()
+        assert (grad[:, 0] > 0).all()
+
+
+def test_ce_is_cross_entropy_where_labels_are_leaves(h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    labels = torch.where(labels < h.num_leaves, labels, VOID)
+    expected = cross_entropy(logits[:, : h.num_leaves], labels, ignore_index=VOID)
+    assert LOSSES["ce"](logits, labels, h).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_ce_of_body_is_minus_log_of_all_but_background(h: Hierarchy) -> None:
+    logits, _ = random_case(h)
+    mass = logits[:, : h.num_leaves].softmax(1)[:, 1:].sum(1)
+    value = LOSSES["ce"](logits, torch.full((2, 3, 4), BODY), h)
+    assert value.item() == pytest.approx(-mass.log().mean().item(), rel=1e-12)
+
+
+def test_path_ce_of_head_asks_for_body_upper_body_and_head(h: Hierarchy) -> None:
+    logits, _ = random_case(h)
+    share = logits[:, : h.num_leaves].softmax(1)
+    body, upper = share[:, 1:].sum(1), share[:, [1, 2, HEAD, 6]].sum(1)
+    expected = -(body * upper * share[:, HEAD]).log().mean()
+    value = LOSSES["path_ce"](logits, torch.full((2, 3, 4), HEAD), h)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_tree_min_is_at_least_bce_and_equal_where_scores_respect_the_tree(h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    assert LOSSES["tree_min"](logits, labels, h) > LOSSES["bce"](logits, labels, h)
+    for parent, child in h.edges:  # no child above its parent
+        logits[:, child] = torch.minimum(logits[:, child], logits[:, parent])
+    torch.testing.assert_close(LOSSES["tree_min"](logits, labels, h), LOSSES["bce"](logits, labels, h))
+
+
+@pytest.mark.parametrize("tree", ["pascal_part", "cityscapes", "synthetic_deep"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_gradient_equal_the_loops(name: str, gamma: float, tree: str) -> None:
+    h = Hierarchy.load(TREES / f"{tree}.json")
+    logits, labels = random_case(h)
+    weights = torch.rand(h.num_nodes, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    for given in (None, weights):
+        naive = logits.clone().requires_grad_()
+        expected = reference.loss(name, naive, labels, h, gamma, given)
+        expected.backward()
+        value, grad = value_and_grad(name, logits, labels, h, gamma=gamma, node_weights=given)
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(grad, naive.grad, rtol=1e-7, atol=1e-9)
+        value, grad = value_and_grad(name, logits.float(), labels, h, gamma=gamma, node_weights=given)
+        torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad.double(), naive.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(name: str, gamma: float, h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    assert gradcheck(lambda z: LOSSES[name](z, labels, h, gamma=gamma), logits.requires_grad_())
+
+
+def test_float32_keeps_its_precision_on_confident_pixels(h: Hierarchy) -> None:
+    """Losses near 1e-8 a pixel: a softplus as z + log(1 + e^-z) - z would answer 0 or 1e-7."""
+    labels = torch.randint(0, 7, (1, 8, 8), generator=torch.Generator().manual_seed(0))
+    margin = 20 + torch.rand(1, 10, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    logits = margin * (2 * h.encode(labels)[0] - 1)
+    for name in ("bce", "tree_min"):
+        expected = LOSSES[name](logits, labels, h).item()
+        assert 0 < expected < 1e-7
+        assert LOSSES[name](logits.float(), labels, h).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits_stay_finite(name: str, gamma: float, h: Hierarchy) -> None:
+    _, labels = random_case(h)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for size in (0.0, 30.0, 100.0, 1e4):
+            signs = torch.randint(-1, 2, (2, 10, 3, 4), generator=torch.Generator().manual_seed(2))
+            for logits in (torch.full((2, 10, 3, 4), size), torch.full((2, 10, 3, 4), -size), signs * size):
+                value, grad = value_and_grad(name, logits.to(dtype), labels, h, gamma=gamma)
+                assert value.isfinite()
+                assert value >= 0
+                assert grad.isfinite().all()
+                assert value.dtype == torch.float32
+                assert grad.dtype == dtype
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_computes_in_float32(name: str, half: torch.dtype, h: Hierarchy) -> None:
+    logits, labels = random_case(h, half)
+    exact, exact_grad = value_and_grad(name, logits.float(), labels, h, gamma=0.5)
+    with torch.autocast("cpu", dtype=half):
+        value, grad = value_and_grad(name, logits, labels, h, gamma=0.5)
+    torch.testing.assert_close(value, exact)
+    torch.testing.assert_close(grad, exact_grad.to(half), rtol=0.01, atol=1e-6)
+
+
+def test_the_scale_of_half_gradients_is_not_rounded(h: Hierarchy) -> None:
+    """1 / 12288 as a bfloat16 number is 0.2 % too large, which every gradient would inherit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 10, 64, 64, generator=generator).bfloat16()
+    labels = torch.randint(0, 10, (3, 64, 64), generator=generator)
+    _, exact = value_and_grad("bce", logits.float(), labels, h)
+    _, grad = value_and_grad("bce", logits, labels, h)
+    assert grad.float().abs().sum().item() == pytest.approx(exact.abs().sum().item(), rel=2e-4)
+
+
+def test_hundreds_of_nodes_do_not_overflow() -> None:
+    """The product of 300 factors of 2 is beyond float32; the sum of 300 logarithms is not."""
+    count = 300
+    colours = [(v % 256, v // 256, 0) for v in range(count)]
+    wide = Hierarchy("wide", [f"n{v}" for v in range(count)], [None] * count, colours, ["all"], 65535)
+    value, _ = value_and_grad("bce", torch.zeros(1, count, 1, 1), torch.zeros(1, 1, 1).int(), wide)
+    assert value.item() == pytest.approx(count * math.log(2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_labels_loss_and_gradient_are_zero(name: str, h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    for shape_logits, void in (
+        (logits, labels.fill_(VOID)),
+        (logits[:0], labels[:0]),
+        (logits[..., :0], labels[..., :0]),
+    ):
+        value, grad = value_and_grad(name, shape_logits, void, h, gamma=0.5)
+        assert value == 0
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_void_pixels_change_nothing(name: str, h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    labels[:, 0] = VOID
+    value, grad = value_and_grad(name, logits, labels, h)
+    cropped, cropped_grad = value_and_grad(name, logits[:, :, 1:], labels[:, 1:], h)
+    torch.testing.assert_close(value, cropped)
+    torch.testing.assert_close(grad[:, :, 1:], cropped_grad)
+    assert (grad[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_not_changed_and_their_type_does_not_matter(name: str, h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    values = []
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        typed = labels.to(dtype, copy=True)
+        values.append(LOSSES[name](logits, typed, h).item())
+        assert torch.equal(typed, labels.to(dtype))
+    assert values[0] == values[1] == values[2]
+
+
+@pytest.mark.parametrize("name", ["", "tree_min"])
+def test_gamma_zero_is_the_plain_loss_bit_for_bit(name: str, h: Hierarchy) -> None:
+    logits, labels = random_case(h, torch.float32)
+    plain = value_and_grad(name or "bce", logits, labels, h)
+    focal = value_and_grad(f"focal_{name}".rstrip("_"), logits, labels, h, gamma=0.0)
+    assert torch.equal(plain[0], focal[0])
+    assert torch.equal(plain[1], focal[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_layout_and_chunks_do_not_matter(name: str, h: Hierarchy, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = random_case(h)
+    value, grad = value_and_grad(name, logits, labels, h, gamma=2.0)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 5 * h.num_nodes)  # five pixels a chunk, one thread
+    for layout in (
+        logits,
+        logits.contiguous(memory_format=torch.channels_last),
+        logits.repeat(1, 1, 2, 2)[:, :, :3, :4],  # a crop: flattening it needs a copy
+        logits.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        other, other_grad = value_and_grad(name, layout, labels, h, gamma=2.0)
+        torch.testing.assert_close(other, value)
+        torch.testing.assert_close(other_grad, grad)
+
+
+def test_ties_hand_the_gradient_to_one_node(h: Hierarchy) -> None:
+    """All logits equal: each positive node passes its gradient to body, each negative node to a leaf."""
+    logits, label = torch.zeros(1, 10, 1, 1, dtype=torch.float64), torch.tensor([[[HEAD]]])
+    _, grad = value_and_grad("tree_min", logits, label, h)
+    share = {"background": 0.5, "low_hand": 0.5, "torso": 0.5, "up_hand": 0.5, "up_leg": 0.5}
+    share |= {"low_leg": 0.5 + 0.5, "body": -3 * 0.5}  # its own and lower_body's; its own, upper_body's and head's
+    expected = torch.tensor([share.get(name, 0.0) for name in h.names], dtype=torch.float64)
+    torch.testing.assert_close(grad.flatten(), expected)
+
+
+def test_a_sum_of_losses_is_the_weighted_sum(h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    spec = {"tree_min": 1.0, "bce": 0.5, "ce": 2}
+    logits.requires_grad_()
+    value = build_criterion(spec, h)(logits, labels)
+    (grad,) = torch.autograd.grad(value, logits)
+    parts = [value_and_grad(name, logits, labels, h) for name in spec]
+    torch.testing.assert_close(value, sum(w * part[0] for w, part in zip(spec.values(), parts, strict=True)))
+    torch.testing.assert_close(grad, sum(w * part[1] for w, part in zip(spec.values(), parts, strict=True)))
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    with torch.no_grad():
+        values = {name: LOSSES[name](logits, labels, h, gamma=0.5) for name in NAMES}
+    assert not any(value.requires_grad for value in values.values())
+    for name in NAMES:
+        torch.testing.assert_close(values[name], value_and_grad(name, logits, labels, h, gamma=0.5)[0])
+
+
+def test_second_derivatives_are_refused(h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    logits.requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(LOSSES["bce"](logits, labels, h), logits, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "message"),
+    [
+        ("tree_mim", {}, "unknown loss 'tree_mim'"),
+        ({}, {}, "no loss is named"),
+        ({"bce": 0}, {}, "weight of 'bce' is 0"),
+        ({"bce": "1"}, {}, "weight of 'bce' is '1'"),
+        ("focal", {"gamma": -1.0}, "gamma"),
+        ("bce", {"node_weights": torch.ones(3)}, r"needs \(10,\)"),
+    ],
+)
+def test_a_wrong_criterion_is_refused(spec: object, more: dict, message: str, h: Hierarchy) -> None:
+    with pytest.raises(UserError, match=message):
+        build_criterion(spec, h, **more)
+
+
+def test_shapes_that_do_not_fit_are_refused(h: Hierarchy) -> None:
+    logits, labels = random_case(h)
+    for bad_logits, bad_labels in ((logits[:, :7], labels), (logits, labels[:1]), (logits, labels[..., :2])):
+        with pytest.raises(ValueError, match="do not fit"):
+            LOSSES["bce"](bad_logits, bad_labels, h)
+
+
+def test_node_weights_by_hand() -> None:
+    h = Hierarchy("t", ["a", "b", "c"], [None, 2, None], [(0, 0, 0), (1, 0, 0), (2, 0, 0)], ["l", "r"])
+    assert node_weights("none", [1, 1, 1], h) is None
+    weights = node_weights("inverse_sqrt", [12, 3, 1], h)  # shares 12/16, 3/16, and (1 + 3)/16 for the parent
+    expected = torch.tensor([12.0, 3.0, 4.0]).rsqrt()
+    torch.testing.assert_close(weights, expected / expected.mean())
+    weights = node_weights("effective_number", [12000, 3000, 1000], h)
+    expected = torch.tensor([1 / (1 - (1 - 1 / 16000) ** n) for n in (12000, 3000, 4000)])
+    torch.testing.assert_close(weights, expected / expected.mean(), rtol=1e-4, atol=0)
+
+
+def test_a_node_without_pixels_gets_the_largest_weight_of_the_others(h: Hierarchy) -> None:
+    for mode in ("inverse_sqrt", "effective_number"):
+        weights = node_weights(mode, [1000, 5, 0, 7, 9, 6, 7, 0, 0, 0], h)
+        assert weights.isfinite().all()
+        assert weights[2] == weights[1] == weights.max()
+        assert weights.mean().item() == pytest.approx(1)
+
+
+def test_counts_that_do_not_fit_the_tree_are_refused(h: Hierarchy) -> None:
+    for counts in ([1, 2], [0] * 10, [-1] + [1] * 9):
+        with pytest.raises(UserError, match="needs 10 pixel counts"):
+            node_weights("inverse_sqrt", counts, h)
+    with pytest.raises(UserError, match="unknown mode 'sqrt'"):
+        node_weights("sqrt", [1] * 10, h)

@@ -1,0 +1,186 @@
+"""Scores, counted by hand and by loops."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import reference
+from utils.hierarchy import Hierarchy
+from utils.metrics import LevelScores, confusion, photo_iou, scores_from_confusion
+
+TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
+VOID = 255
+
+
+@pytest.fixture(scope="module")
+def h() -> Hierarchy:
+    return Hierarchy.load(TREES / "pascal_part.json")
+
+
+def maps(h: Hierarchy, seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predicted leaves, labels at any depth or void, logits."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = torch.tensor(h.leaves)
+    leaf = leaves[torch.randint(0, len(leaves), shape, generator=generator)]
+    labels = torch.randint(0, h.num_nodes + 1, shape, generator=generator)
+    labels = labels.masked_fill(labels == h.num_nodes, h.ignore_index)
+    logits = torch.randn(shape[0], h.num_nodes, *shape[1:], generator=generator)
+    return leaf.to(torch.uint8), labels.to(torch.uint8), logits
+
+
+def scored(leaf: list[int], labels: list[int], h: Hierarchy) -> dict:
+    meter = LevelScores(h)
+    meter.update(torch.tensor([[leaf]]), torch.tensor([[labels]]))
+    return meter.compute()
+
+
+def test_scores_of_six_pixels_by_hand(h: Hierarchy) -> None:
+    #         background  head as torso  torso  up_leg as head  head  void
+    scores = scored([0, 2, 2, 4, 4, 1], [0, 4, 2, 5, 4, VOID], h)
+    parts, halves, body = scores["levels"]
+    assert parts["IoU"] == {
+        "background": 1.0,
+        "low_hand": None,
+        "torso": 1 / 2,
+        "low_leg": None,
+        "head": 1 / 3,
+        "up_leg": 0.0,
+        "up_hand": None,
+    }
+    assert parts["absent"] == ["low_hand", "low_leg", "up_hand"]
+    assert scores["mIoU1"] == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
+    assert scores["mIoU1_with_background"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 0) / 4)
+    assert halves["IoU"] == {"background": 1.0, "upper_body": 3 / 4, "lower_body": 0.0}
+    assert scores["mIoU2"] == pytest.approx(3 / 8)
+    assert body["IoU"] == {"background": 1.0, "body": 1.0}
+    assert [level["pixel_accuracy"] for level in scores["levels"]] == [3 / 5, 4 / 5, 1.0]
+    assert scores["pixel_accuracy"] == 3 / 5
+    assert [level["name"] for level in scores["levels"]] == ["parts", "halves", "body"]
+
+
+def test_an_inner_label_counts_at_its_level_and_above_alone(h: Hierarchy) -> None:
+    upper, body, head = 8, 7, 4
+    scores = scored([head, head, 0], [upper, body, head], h)
+    assert [level["pixels"] for level in scores["levels"]] == [1, 2, 3]
+    assert scores["levels"][0]["IoU"]["head"] == 0  # the missed head; its other answers have no truth here
+    assert scores["levels"][1]["IoU"]["upper_body"] == 1 / 2
+    assert scores["levels"][2]["IoU"]["body"] == 2 / 3
+
+
+def test_a_leaf_above_a_level_stands_for_itself() -> None:
+    h = Hierarchy.load(TREES / "synthetic_deep.json")
+    plant = h.names.index("plant")
+    scores = scored([plant], [plant], h)
+    assert [level["IoU"].get("plant") for level in scores["levels"]] == [1, 1, 1, 1, None]
+    assert scores["levels"][4]["IoU"]["living"] == 1
+
+
+def test_all_background_has_no_score_without_background(h: Hierarchy) -> None:
+    scores = scored([0, 0], [0, 0], h)
+    assert scores["mIoU1"] is None
+    assert scores["mIoU1_with_background"] == 1
+    assert scored([0, 1], [0, 0], h)["mIoU1"] == 0
+
+
+def test_nothing_seen_gives_none_everywhere(h: Hierarchy) -> None:
+    for scores in (LevelScores(h).compute(), scored([1, 2], [VOID, VOID], h)):
+        assert scores["mIoU1"] is scores["mIoU3_with_background"] is scores["pixel_accuracy"] is None
+        assert scores["violation_rate"] is None
+        assert scores["levels"][0]["absent"] == list(h.names[:7])
+
+
+def test_scores_are_over_the_set_not_a_mean_over_batches(h: Hierarchy) -> None:
+    meter = LevelScores(h)
+    meter.update(torch.tensor([[[4]]]), torch.tensor([[[4]]]))  # IoU 1
+    meter.update(torch.tensor([[[4, 4, 4]]]), torch.tensor([[[2, 2, 2]]]))  # IoU 0
+    assert meter.compute()["levels"][0]["IoU"]["head"] == 1 / 4
+
+
+@pytest.mark.parametrize("tree", ["pascal_part", "cityscapes", "synthetic_deep"])
+def test_scores_equal_counting_in_loops(tree: str) -> None:
+    h = Hierarchy.load(TREES / f"{tree}.json")
+    for shape in ((1, 5, 6), (2, 4, 4), (4, 3, 3)):
+        leaf, labels, logits = maps(h, shape[0], *shape)
+        meter = LevelScores(h)
+        meter.update(leaf, labels, logits)
+        scores = meter.compute()
+        for level in range(h.num_levels):
+            ious = reference.level_ious(leaf, labels, level, h)
+            assert scores["levels"][level]["IoU"] == {h.names[v]: iou for v, iou in ious.items()}
+            assert scores[f"mIoU{level + 1}_with_background"] == reference.mean(ious.values())
+            inner = [iou for v, iou in ious.items() if v not in h.background]
+            assert scores[f"mIoU{level + 1}"] == reference.mean(inner)
+        assert scores["violation_rate"] == reference.violation_rate(logits, labels, h)
+
+
+def test_violations_by_hand(h: Hierarchy) -> None:
+    """A score of exactly 0.5 is not above 0.5: not for a child, and so a violation for its parent."""
+    logits = torch.full((1, 10, 1, 3), -1.0)
+    logits[0, 4, 0, 0] = 1.0  # head above 0.5, upper_body below: one violation
+    logits[0, [8, 7], 0, 1] = torch.tensor([1.0, 0.0])  # upper_body above, body at 0.5: one violation
+    logits[0, 4, 0, 2] = 1.0  # void: not counted
+    meter = LevelScores(h)
+    meter.update(torch.zeros(1, 1, 3).int(), torch.tensor([[[0, 0, VOID]]]), logits)
+    assert meter.compute()["violation_rate"] == 2 / (2 * 8)
+
+
+def test_two_meters_merged_or_summed_equal_one_over_both(h: Hierarchy) -> None:
+    one, other, both, summed = (LevelScores(h) for _ in range(4))
+    first, second = maps(h, 0, 2, 5, 5), maps(h, 1, 2, 5, 5)
+    one.update(*first)
+    other.update(*second)
+    both.update(*first)
+    both.update(*second)
+    for total, a, b in zip(summed.tensors(), one.tensors(), other.tensors(), strict=True):
+        total.copy_(a + b)  # what all_reduce does
+    one.merge(other)
+    assert one.compute() == both.compute() == summed.compute()
+    assert other.compute() != both.compute()
+
+
+def test_state_survives_and_reset_clears(h: Hierarchy) -> None:
+    meter, again = LevelScores(h), LevelScores(h)
+    meter.update(*maps(h, 0, 2, 5, 5))
+    expected = meter.compute()
+    state = meter.state_dict()
+    meter.reset()
+    assert meter.compute()["levels"][0]["pixels"] == 0
+    again.load_state_dict(state)
+    assert again.compute() == expected
+
+
+def test_scores_are_plain_json(h: Hierarchy) -> None:
+    meter = LevelScores(h)
+    meter.update(*maps(h, 0, 2, 5, 5))
+    scores = meter.compute()
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+
+
+def test_photo_scores_come_from_the_photo_alone(h: Hierarchy) -> None:
+    meter = LevelScores(h)
+    for seed in range(3):
+        leaf, labels, logits = maps(h, seed, 1, 6, 6)
+        matrix = meter.update(leaf, labels, logits)
+        assert torch.equal(matrix, confusion(leaf, labels, h))
+        scores = scores_from_confusion(matrix, h)
+        assert photo_iou(matrix, h) == [scores["mIoU1"], scores["mIoU2"], scores["mIoU3"]]
+
+
+def test_maps_are_not_changed(h: Hierarchy) -> None:
+    for dtype in (torch.uint8, torch.int64):
+        leaf, labels, logits = maps(h, 0, 2, 5, 5)
+        leaf, labels = leaf.to(dtype), labels.to(dtype)
+        before = leaf.clone(), labels.clone(), logits.clone()
+        LevelScores(h).update(leaf, labels, logits)
+        assert torch.equal(leaf, before[0])
+        assert torch.equal(labels, before[1])
+        assert torch.equal(logits, before[2])
+
+
+def test_maps_that_do_not_fit_are_refused(h: Hierarchy) -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        confusion(torch.zeros(2, 1, 1).int(), torch.zeros(1, 1, 1).int(), h)
+    with pytest.raises(ValueError, match="prediction holds 10"):
+        confusion(torch.full((1, 1, 1), 10), torch.zeros(1, 1, 1).int(), h)

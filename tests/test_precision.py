@@ -1,0 +1,197 @@
+"""Mixed precision, memory layout, compilation, accumulation, clipping and averaging do what they say."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.config import Config, config_from_dict
+from configs.errors import UserError
+from manage.train_manager import TrainManager
+from utils.dataset import Sample
+
+SIZE = 32
+
+
+def manager(tmp_path, data, **keys) -> TrainManager:
+    values = {
+        "exp_name": "run",
+        "root_dir": str(tmp_path / f"root{len(list(tmp_path.iterdir()))}"),
+        "root_data_dir": str(data),
+        "pretrained": False,
+        "crop_size": SIZE,
+        "batch_size": 2,
+        "decoder_channels": [8, 8, 8, 8, 8],
+        "n_epochs": 2,
+        "num_workers": 0,
+        "device": "cpu",
+        "schedule": "constant",
+        "freeze_batchnorm": True,
+    }
+    made = TrainManager(config_from_dict(values | keys, "the test"))
+    made.set_train_mode()
+    return made
+
+
+@pytest.fixture
+def start(tmp_path, sample_data):
+    """Makes managers that differ from each other in the given keys alone; all start at the same weights."""
+    made = []
+
+    def make(**keys) -> TrainManager:
+        made.append(manager(tmp_path, sample_data, **keys))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one._close()
+
+
+def batch_of(*seeds: int) -> Sample:
+    """One random photo a seed, with a seventh of its pixels void and more void in later photos."""
+    images, labels = [], []
+    for position, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        images.append(torch.randint(0, 256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8))
+        label = torch.randint(0, 7, (SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        label[: 4 * position] = 255
+        labels.append(label)
+    return Sample(torch.stack(images), torch.stack(labels), torch.tensor(seeds), [""] * len(seeds))
+
+
+def weights(run: TrainManager) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in run.network.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def gradients(run: TrainManager) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in run.network.parameters()])
+
+
+def test_accumulated_batches_equal_one_large_batch(start):
+    large, small = start(batch_size=4), start(batch_size=1, accumulate=4)
+    for seeds in ((1, 2, 3, 4), (5, 6, 7, 8)):
+        whole = batch_of(*seeds)  # its photos have unequal numbers of known pixels
+        parts = [
+            Sample(whole.image[i : i + 1], whole.labels[i : i + 1], whole.index[i : i + 1], [""]) for i in range(4)
+        ]
+        loss = large.train_step([whole])
+        torch.testing.assert_close(small.train_step(parts), loss, rtol=1e-5, atol=0)
+    assert_same(weights(large), weights(small))
+
+
+def test_bf16_stays_close_to_float32_and_its_loss_is_float32(start, monkeypatch):
+    full, mixed = start(), start(amp="bf16")
+    seen = []
+    criterion = mixed.criterion
+    monkeypatch.setattr(
+        mixed, "criterion", lambda logits, labels: seen.append(logits.dtype) or criterion(logits, labels)
+    )
+    exact, rounded = full.train_step([batch_of(1, 2)]), mixed.train_step([batch_of(1, 2)])
+    assert seen == [torch.float32]
+    assert rounded.dtype == torch.float32
+    assert rounded != exact  # bf16 was at work
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+    alike = torch.nn.functional.cosine_similarity(gradients(full), gradients(mixed), dim=0)
+    assert alike > 0.97
+    assert all(p.dtype == torch.float32 for p in mixed.network.parameters())
+
+
+def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale(start):
+    run = start(amp="fp16")
+    if not run.scaler.is_enabled():
+        pytest.skip("no gradient scaler on this device")
+    run.train_step([batch_of(1, 2)])
+    before, scale = weights(run), run.scaler.get_scale()
+    run.network.segmentation_head.register_full_backward_hook(
+        lambda _module, inputs, _outputs: tuple(None if g is None else g * math.inf for g in inputs)
+    )
+    run.train_step([batch_of(3, 4)])
+    assert_same(before, weights(run), rtol=0, atol=0)
+    assert run.scaler.get_scale() < scale
+
+
+def test_channels_last_gives_the_same_steps(start):
+    plain, last = start(), start(channels_last=True)
+    assert last.network.encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for seeds in ((1, 2), (3, 4)):
+        loss = plain.train_step([batch_of(*seeds)])
+        torch.testing.assert_close(last.train_step([batch_of(*seeds)]), loss, rtol=1e-4, atol=0)
+    assert_same(weights(plain), weights(last), rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiled_network_gives_the_same_steps_and_checkpoint(start, monkeypatch):
+    compile_network = torch.compile
+    # the eager backend captures the graph like any other and needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda network: compile_network(network, backend="eager"))
+    plain, compiled = start(), start(compile=True)
+    torch.testing.assert_close(compiled.train_step([batch_of(1, 2)]), plain.train_step([batch_of(1, 2)]))
+    assert_same(weights(plain), weights(compiled))
+    assert compiled.state()["model"].keys() == plain.state()["model"].keys()
+
+
+def test_clipping_scales_the_gradient_to_its_limit_and_no_further(start):
+    free, clipped, loose = start(), start(grad_clip=0.01), start(grad_clip=1e9)
+    for run in (free, clipped, loose):
+        run.train_step([batch_of(1, 2)])
+    norm = gradients(free).norm()
+    assert norm > 0.01
+    torch.testing.assert_close(gradients(clipped).norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
+    torch.testing.assert_close(gradients(clipped) * norm / 0.01, gradients(free), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradients(loose), gradients(free))
+
+
+def test_the_average_of_weights_is_the_one_by_hand(start):
+    decay = 0.9
+    run = start(ema_decay=decay)
+    average = None
+    for seed in range(3):
+        run.train_step([batch_of(2 * seed, 2 * seed + 1)])
+        now = {key: value for key, value in weights(run).items() if value.is_floating_point()}
+        if average is None:
+            average = now
+        else:
+            average = {key: decay * average[key] + (1 - decay) * now[key] for key in now}
+    kept = run.ema.module.state_dict()
+    assert_same(average, {key: kept[key] for key in average}, rtol=1e-5, atol=1e-7)
+    assert run.state()["ema"].keys() == run.state()["model"].keys()
+
+
+def test_a_warm_up_trains_with_its_own_loss_and_then_with_the_main_one(start):
+    keys = {"criterion": "tree_min", "n_epochs": 3}
+    warmed = start(criterion_warmup={"bce": 0.5}, criterion_warmup_epochs=2, **keys)
+    half, main = start(**keys | {"criterion": {"bce": 0.5}}), start(**keys)
+    for epoch, like in ((0, half), (1, half), (2, main)):
+        warmed.epoch = epoch
+        for run in (half, main):
+            run.network.load_state_dict(weights(warmed))
+        expected = like.train_step([batch_of(1, 2)])
+        assert torch.equal(warmed.train_step([batch_of(1, 2)]), expected)
+        assert torch.equal(gradients(warmed), gradients(like))
+
+
+def test_frozen_statistics_stay_and_others_move(start):
+    frozen, free = start(freeze_batchnorm=True), start(freeze_batchnorm=False)
+    key = "encoder.bn1.running_mean"
+    before = copy.deepcopy(weights(frozen)[key])
+    frozen.train_step([batch_of(1, 2)])
+    free.train_step([batch_of(1, 2)])
+    assert torch.equal(weights(frozen)[key], before)
+    assert not torch.equal(weights(free)[key], before)
+
+
+def test_statistics_over_processes_are_refused_without_a_gpu(start):
+    with pytest.raises(UserError, match="sync_batchnorm"):
+        start(sync_batchnorm=True)
+
+
+def test_all_of_them_are_off_by_default():
+    config = Config()
+    assert (config.amp, config.channels_last, config.compile) == ("off", False, False)
+    assert (config.accumulate, config.grad_clip, config.ema_decay) == (1, 0.0, 0.0)

@@ -1,0 +1,227 @@
+"""From a checkpoint to label maps: the predictor, and tools/predict.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.config import config_from_dict
+from configs.errors import UserError
+from manage.checkpoint import pack, save_checkpoint
+from manage.inference import photo_logits
+from manage.predictor import Predictor
+from models.hseg import HSEG
+from tools import predict
+from utils.decode import DECODERS
+from utils.images import read_labels
+
+REPO = Path(__file__).resolve().parents[1]
+SLIM = [8, 8, 8, 8, 8]
+
+
+def write_checkpoint(path: Path, tree, **keys) -> Path:
+    """A checkpoint of a network with random weights whose predictions vary from pixel to pixel."""
+    config = config_from_dict({"pretrained": False, "decoder_channels": SLIM} | keys, "test")
+    torch.manual_seed(0)
+    network = HSEG(config.encoder, tree.num_nodes, decoder_channels=config.decoder_channels)
+    network.segmentation_head.weight.data.mul_(5)
+    network.segmentation_head.bias.data.zero_()
+    state = {"model": network.state_dict(), "ema": None, "config": config.to_dict(), "tree": tree.to_dict(), "epoch": 1}
+    save_checkpoint(pack(state), path)
+    return path
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tree) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pt", tree)
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint) -> Predictor:
+    return Predictor.load(checkpoint, device="cpu")
+
+
+# --- the predictor ---
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16"])
+def test_a_photo_of_any_mode_is_predicted(predictor, mode):
+    photo = Image.new(mode, (40, 34)) if mode in ("LAB", "I;16") else noise(40, 34).convert(mode)
+    assert predictor(photo).leaves.shape == (34, 40)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1), (31, 33), (64, 32)])
+def test_a_photo_of_any_size_is_predicted_at_its_size(predictor, size):
+    result = predictor(noise(*size))
+    assert [labels.shape for labels in result.levels] == [size[::-1]] * 3
+    assert result.scores.shape == (10, *size[::-1])
+
+
+def test_levels_follow_from_the_leaves_and_shares_from_both(predictor, tree):
+    result = predictor(noise(70, 50))
+    assert result.leaves.dtype == np.uint8
+    assert len(np.unique(result.leaves)) > 1
+    assert set(np.unique(result.leaves)) <= set(tree.leaves)
+    for level, labels in enumerate(result.levels):
+        assert np.array_equal(labels, tree.level_of(result.leaves, level))
+        for node in tree.level_classes[level]:
+            assert result.shares[tree.names[node]] == pytest.approx((labels == node).mean())
+    assert sum(result.shares[tree.names[root]] for root in tree.roots) == pytest.approx(1)
+
+
+def test_the_prediction_is_what_evaluation_decodes(predictor, tree):
+    photo = noise(75, 50)
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()
+    logits = photo_logits(predictor.network, image, (50, 75))
+    result = predictor(photo)
+    assert np.array_equal(result.leaves, DECODERS["logit_sum"](logits, tree)[0].numpy())
+    assert np.allclose(result.scores, logits[0].sigmoid().numpy(), rtol=1e-6)  # vectorised and scalar sigmoid differ
+
+
+def test_a_photo_on_its_side_is_predicted_upright(predictor, tmp_path):
+    upright = noise(60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    expected = predictor(upright).leaves
+    with Image.open(tmp_path / "turned.png") as photo:
+        assert np.array_equal(predictor(photo).leaves, expected)
+    assert np.array_equal(predictor.predict_file(tmp_path / "turned.png").leaves, expected)
+
+
+def test_the_callers_picture_is_left_as_it_is(predictor):
+    photo = noise(50, 40).convert("RGBA")
+    before = photo.tobytes()
+    predictor(photo)
+    assert (photo.mode, photo.size, photo.tobytes()) == ("RGBA", (50, 40), before)
+
+
+def test_with_tta_a_mirrored_photo_gives_the_mirrored_logits(predictor):
+    photo = noise(75, 50)
+    mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    ours, theirs = predictor(photo, tta=True).logits, predictor(mirrored, tta=True).logits
+    torch.testing.assert_close(ours, theirs.flip(-1), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(ours, predictor(photo).logits, atol=1e-3)
+
+
+def test_a_fitted_bias_belongs_to_its_own_rule(tmp_path, tree):
+    path = write_checkpoint(tmp_path / "c.pt", tree, root_bias={"body": -1000.0})
+    photo = noise(40, 40)
+    assert Predictor.load(path, "cpu")(photo).shares["body"] == 0
+    other = Predictor.load(path, "cpu", decode="prob_sum")
+    assert other.root_bias is None
+    assert other(photo).shares["body"] > 0
+
+
+def test_the_short_side_of_training_is_used_but_a_slim_photo_is_not_blown_up(tmp_path, tree):
+    predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
+    assert predictor(noise(200, 100)).photo.size == (128, 64)
+    assert predictor(noise(200, 100)).leaves.shape == (100, 200)
+    assert predictor(noise(300, 3)).photo.size == (300, 3)
+
+
+def test_an_unknown_rule_is_refused(checkpoint):
+    with pytest.raises(UserError, match="'best' is no decoding rule; expected one of logit_sum"):
+        Predictor.load(checkpoint, "cpu", decode="best")
+
+
+# --- tools/predict.py ---
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two photos of one name in two folders, one inside the other."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    noise(40, 34).save(folder / "a.png")
+    noise(34, 40, seed=1).save(folder / "deep" / "a.JPG")
+    (folder / ".hidden.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, checkpoint, tmp_path):
+    """Calls the tool; returns its exit status."""
+
+    def call(*arguments) -> int:
+        words = [*map(str, arguments), "--checkpoint", str(checkpoint), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["predict.py", *words, "--out", str(tmp_path / "out")])
+        return predict.main()
+
+    return call
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, predictor):
+    assert run(photos, "--scores") == 0
+    out = tmp_path / "out"
+    assert [line["name"] for line in lines(out)] == ["a", "deep/a"]
+    expected = predictor(Image.open(photos / "a.png"))
+    for level, folder in enumerate(["level1_parts", "level2_halves", "level3_body"]):
+        assert np.array_equal(read_labels(out / folder / "a.png"), expected.levels[level])
+    assert lines(out)[0]["shares"] == expected.shares
+    assert read_labels(out / "level1_parts" / "deep" / "a.png").shape == (40, 34)
+    scores = np.load(out / "scores" / "a.npz")
+    np.testing.assert_allclose(scores["scores"], expected.scores, atol=1e-3)
+    assert list(scores["names"]) == list(predictor.hierarchy.names)
+    with Image.open(out / "overlay" / "a.jpg") as overlay:
+        assert overlay.height > 34  # the legend stands below
+
+
+def test_an_unreadable_photo_is_named_and_the_rest_done(run, photos, tmp_path, capsys):
+    (photos / "0.jpg").write_bytes(b"\xff\xd8\xff broken")
+    assert run(photos) == 1
+    assert "0.jpg" in capsys.readouterr().err
+    assert [line["name"] for line in lines(tmp_path / "out")] == ["a", "deep/a"]
+
+
+def test_photos_that_differ_in_suffix_or_folder_alone_keep_apart(tmp_path):
+    found = [tmp_path / "x" / "1.jpg", tmp_path / "x" / "1.png", tmp_path / "y" / "1.jpg"]
+    assert predict.output_names(found) == ["x/1.jpg", "x/1.png", "y/1.jpg"]
+    assert predict.output_names([found[0], found[2]]) == ["x/1", "y/1"]
+    assert predict.output_names([found[0]]) == ["1"]
+
+
+def test_globs_folders_and_files_name_each_photo_once(photos, tmp_path):
+    found = predict.find_photos([str(photos / "**" / "a.*"), str(photos), str(photos / "a.png")], tmp_path / "out")
+    assert sorted(found) == [photos / "a.png", photos / "deep" / "a.JPG"]
+
+
+def test_earlier_predictions_are_neither_replaced_nor_predicted_again(run, photos, tmp_path, monkeypatch):
+    assert run(photos / "a.png") == 0
+    with pytest.raises(UserError, match=r"exists already.*--overwrite"):
+        run(photos)
+    assert run(photos, "--overwrite") == 0
+    assert len(lines(tmp_path / "out")) == 2
+    inside = predict.find_photos([str(tmp_path)], tmp_path / "out")  # the photos, and all that was just written
+    assert inside == [photos / "a.png", photos / "deep" / "a.JPG"]
+
+
+def test_a_path_that_names_nothing_is_a_mistake(run, tmp_path):
+    with pytest.raises(UserError, match=r"absent.*no such photo"):
+        run(tmp_path / "absent.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no photo"):
+        run(tmp_path / "empty")
+
+
+def test_nothing_but_the_checkpoint_is_needed(checkpoint, photos, tmp_path):
+    """The code without one config or tree file, called from elsewhere."""
+    code = tmp_path / "code"
+    for folder in ("configs", "utils", "models", "manage", "tools"):
+        shutil.copytree(REPO / folder, code / folder, ignore=shutil.ignore_patterns("*.json", "__pycache__", "data"))
+    command = [sys.executable, code / "tools" / "predict.py", photos / "a.png", "--checkpoint", checkpoint]
+    done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "outputs" / "predictions")) == 1

@@ -1,0 +1,144 @@
+"""Random trees, random labels at any depth: the fast code equals the loops of reference.py."""
+
+from random import Random
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests import reference
+from utils.decode import DECODERS
+from utils.hierarchy import Hierarchy
+from utils.losses import LOSSES
+from utils.metrics import LevelScores
+
+MAX_NODES, MAX_DEPTH = 60, 6
+thorough = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_tree(random: Random) -> Hierarchy:
+    """A forest of 1 to 60 nodes, depth 1 to 6, unequal depths, single children, ids in any order.
+
+    Hypothesis draws the seed alone: drawn node by node, most examples came out tiny or as near copies.
+    """
+    count, max_depth = random.randint(1, MAX_NODES), random.randint(1, MAX_DEPTH)
+    root_share = random.choice([0.05, 0.2, 0.5])
+    ids = random.sample(range(count), count)  # in the order in which nodes are made
+    parents: list[int | None] = [None] * count
+    depths = [1] * count
+    for made, v in enumerate(ids):
+        inner = [u for u in ids[:made] if depths[u] < max_depth]
+        if inner and random.random() > root_share:
+            parents[v] = random.choice(inner)
+            depths[v] = depths[parents[v]] + 1
+    lonely = [v for v in range(count) if parents[v] is None and v not in parents]
+    return Hierarchy(
+        name="random",
+        names=[f"node{v}" for v in range(count)],
+        parents=parents,
+        colours=[(v, 0, 0) for v in range(count)],
+        level_names=[f"level{level}" for level in range(max(depths))],
+        ignore_index=random.choice([count, 255]),
+        background=lonely[: random.randint(0, 1)],
+    )
+
+
+def random_case(seed: int) -> tuple[Hierarchy, torch.Tensor, torch.Tensor]:
+    """A tree, float64 logits (B, N, H, W) and labels (B, H, W): mixed, sometimes all void or empty."""
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    h, batch = random_tree(random), random.choice([1, 2, 4])
+    height, width = random.choice([(2, 2), (1, 3), (3, 2), (1, 1), (2, 2), (0, 2)])
+    logits = torch.randn(batch, h.num_nodes, height, width, generator=generator, dtype=torch.float64) * 4
+    labels = torch.randint(0, h.num_nodes + 1, (batch, height, width), generator=generator)
+    void = (labels == h.num_nodes) | (random.random() < 0.1)
+    return h, logits, labels.masked_fill(void, h.ignore_index)
+
+
+trees = seeds.map(lambda seed: random_tree(Random(seed)))
+cases = seeds.map(random_case)
+
+
+@thorough
+@given(cases)
+def test_encode_follows_the_definition(case: tuple) -> None:
+    h, _, labels = case
+    targets, known = h.encode(labels)
+    assert targets.shape == known.shape == (labels.shape[0], h.num_nodes, *labels.shape[1:])
+    for b, i, j in reference.pixels(labels):
+        label = int(labels[b, i, j])
+        nodes = range(h.num_nodes)
+        assert targets[b, :, i, j].tolist() == [reference.is_positive(v, label, h) for v in nodes]
+        assert known[b, :, i, j].tolist() == [reference.is_known(v, label, h) for v in nodes]
+
+
+@thorough
+@given(trees)
+def test_levels_follow_the_definition(h: Hierarchy) -> None:
+    assert list(h.leaves) == reference.leaves(h)
+    for level in range(h.num_levels):
+        for v in range(h.num_nodes):
+            expected = reference.class_at(v, level, h)
+            assert h.level_tables[level][v] == (h.ignore_index if expected is None else expected)
+    assert h.level_classes[0] == list(h.leaves)
+    assert h.level_classes[-1] == list(h.roots)
+    assert Hierarchy.from_dict(h.to_dict()).fingerprint == h.fingerprint
+
+
+@thorough
+@given(cases, st.sampled_from(sorted(LOSSES)), st.sampled_from([0.0, 0.5, 2.0]), st.booleans())
+def test_losses_and_gradients_equal_the_loops(case: tuple, name: str, gamma: float, weighted: bool) -> None:
+    h, logits, labels = case
+    weights = torch.linspace(0.5, 1.5, h.num_nodes, dtype=torch.float64) if weighted else None
+    naive = logits.clone().requires_grad_()
+    expected = reference.loss(name, naive, labels, h, gamma, weights)
+    expected.backward()
+    for dtype, rtol, atol in ((torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-6)):
+        fast = logits.to(dtype, copy=True).requires_grad_()
+        value = LOSSES[name](fast, labels, h, gamma, weights)
+        value.backward()
+        torch.testing.assert_close(value.detach().double(), expected.detach(), rtol=rtol, atol=atol)
+        torch.testing.assert_close(fast.grad.double(), naive.grad, rtol=rtol, atol=atol)
+
+
+@thorough
+@given(cases)
+def test_tree_min_is_never_below_bce(case: tuple) -> None:
+    h, logits, labels = case
+    assert LOSSES["tree_min"](logits, labels, h) >= LOSSES["bce"](logits, labels, h) - 1e-9
+
+
+@thorough
+@given(cases, st.sampled_from(sorted(DECODERS)), st.booleans())
+def test_decoding_equals_the_loops(case: tuple, rule: str, biased: bool) -> None:
+    h, logits, _ = case
+    bias = [0.1 * r for r in range(len(h.roots))] if biased else None
+    answer = DECODERS[rule](logits, h, bias)
+    if rule != "tree_min":
+        assert torch.equal(answer.long(), reference.decode(rule, logits, h, bias))
+        return
+    # leaves that share the lowest node tie exactly: any of them has the best score, the lowest id is taken
+    for b, i, j in reference.pixels(answer):
+        z = logits[b, :, i, j].tolist()
+        shift = {v: 0.0 if bias is None else bias[h.roots.index(h.paths[v][0])] for v in h.leaves}
+        scores = {v: reference.path_score(rule, z, v, h) + shift[v] for v in h.leaves}
+        assert answer[b, i, j] == min(v for v in h.leaves if scores[v] == max(scores.values()))
+
+
+@thorough
+@given(cases, st.sampled_from(sorted(DECODERS)))
+def test_scores_equal_counting(case: tuple, rule: str) -> None:
+    h, logits, labels = case
+    leaf = DECODERS[rule](logits, h)
+    meter = LevelScores(h)
+    for b in range(len(leaf)):
+        meter.update(leaf[b : b + 1], labels[b : b + 1], logits[b : b + 1])
+    scores = meter.compute()
+    for level in range(h.num_levels):
+        ious = reference.level_ious(leaf, labels, level, h)
+        assert scores["levels"][level]["IoU"] == {h.names[v]: iou for v, iou in ious.items()}
+        assert scores[f"mIoU{level + 1}_with_background"] == reference.mean(ious.values())
+        assert scores[f"mIoU{level + 1}"] == reference.mean(iou for v, iou in ious.items() if v not in h.background)
+    assert scores["violation_rate"] == reference.violation_rate(logits, labels, h)

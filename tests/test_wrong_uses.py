@@ -1,0 +1,294 @@
+"""A user's mistakes: each ends in one message that says what is wrong and where, before any work is done."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import models.hseg
+from configs.config import Config, load_config
+from configs.errors import UserError
+from manage.checkpoint import load_checkpoint, pack, save_checkpoint
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions
+from manage.train_manager import TrainManager
+from tests.factory import TINY, make_data
+from tests.preloaded import SlimEncoder
+
+
+@pytest.fixture(autouse=True)
+def slim(monkeypatch):
+    """None of these mistakes is the encoder's, so a small one stands in for the ResNet."""
+    monkeypatch.setattr(models.hseg, "ResNetEncoder", SlimEncoder)
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """The values of a config that works, with a data set of its own to spoil."""
+    make_data(tmp_path / "data", train=4, val=2)
+    return TINY | {"n_epochs": 1, "root_dir": str(tmp_path), "root_data_dir": "data", "n_val_pictures": 0}
+
+
+@pytest.fixture
+def trained(keys):
+    """The same after one epoch of training."""
+    assert TrainManager(Config(**keys)).run() == 0
+    return keys
+
+
+def refused(action, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        action()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def train(keys, **changes):
+    return lambda: TrainManager(Config(**(keys | changes)))
+
+
+def evaluate(keys, checkpoint=None, **changes):
+    return lambda: EvaluationManager(Config(**(keys | changes)), EvaluationOptions(checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"batch_sise": 4}', ["c.json", "batch_sise", "did you mean 'batch_size'"]),
+        ('{"batch_size": "four"}', ["batch_size", "a whole number", "four"]),
+        ('{"batch_size": true}', ["batch_size", "a whole number"]),
+        ('{"lr": -1}', ["lr", "more than 0"]),
+        ('{"lr": NaN}', ["NaN"]),
+        ('{"lr": 1, "lr": 2}', ["lr", "twice"]),
+        ('{"lr": 0.1,}', ["c.json, line 1", "not valid JSON"]),
+        ("[1]", ["expected a JSON object"]),
+        ('{"exp_name": "../x"}', ["exp_name", "no folders"]),
+        ('{"img_dir": "../photos"}', ["img_dir", "inside root_data_dir"]),
+        ('{"criterion": "tree_mim"}', ["criterion", "did you mean 'tree_min'"]),
+        ('{"criterion_warmup": "bce"}', ["criterion_warmup_epochs", "set both"]),
+        ('{"criterion_warmup": "bce", "criterion_warmup_epochs": 100}', ["leaves no epoch of n_epochs 100"]),
+        ('{"criterion_warmup": {"bce": 0}, "criterion_warmup_epochs": 1}', ["criterion_warmup", "weight above 0"]),
+        ('{"crop_size": 100}', ["crop_size", "multiple of 32", "128"]),
+        ('{"device": "gpu"}', ["device", "cuda"]),
+    ],
+)
+def test_a_config_with_a_mistake_names_file_and_key(tmp_path, text, parts):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    refused(lambda: load_config(path), *parts)
+
+
+def test_a_config_that_is_not_there_names_its_neighbours(tmp_path):
+    (tmp_path / "right.json").write_text("{}")
+    refused(lambda: load_config(tmp_path / "wrong.json"), "wrong.json", "no such file", "right.json")
+
+
+def test_no_data_says_how_to_get_some(keys):
+    refused(train(keys, root_data_dir="nowhere"), "root_data_dir", "nowhere", "make_sample_data")
+
+
+@pytest.mark.parametrize("gone", ["JPEGImages/p00.jpg", "gt_masks_hie/p00.png"])
+def test_a_missing_photo_or_mask_is_named_before_training(keys, tmp_path, gone):
+    (tmp_path / "data" / gone).unlink()
+    refused(train(keys), "p00")
+
+
+def test_masks_that_are_not_encoded_say_what_to_run(keys, tmp_path):
+    shutil.rmtree(tmp_path / "data" / "gt_masks_hie")
+    refused(train(keys), "gt_masks_hie", "dataset_hie_enc")
+
+
+@pytest.mark.parametrize(
+    ("ids", "part"), [("", "empty"), ("../x\n", "line 1"), ("p00\np00\n", "line 2"), ("p04\np00\n", "both")]
+)
+def test_id_lists_are_checked(keys, tmp_path, ids, part):
+    (tmp_path / "data" / "train_id.txt").write_text(ids)
+    refused(train(keys, batch_size=1), "train_id.txt", part)
+
+
+def test_a_tree_that_does_not_fit_n_classes_is_refused(keys):
+    refused(train(keys, n_classes=7), "n_classes", "7", "10 nodes")
+
+
+def test_a_score_that_does_not_exist_cannot_be_monitored(keys):
+    refused(train(keys, monitor="max mIoU9"), "monitor", "mIoU9", "mIoU1")
+
+
+def test_a_device_that_is_not_there_is_refused(keys):
+    refused(train(keys, device="cuda:99"), "device", "cuda:99")
+
+
+def test_more_photos_a_step_than_there_are_is_refused(keys):
+    refused(train(keys, batch_size=50), "batch_size", "4 training photos")
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(keys, tmp_path):
+    (tmp_path / "experiments").write_text("a file where a folder should be")
+    refused(train(keys), "experiments")
+
+
+def test_a_photo_of_another_size_than_its_mask_stops_the_run_by_name(keys, tmp_path):
+    Image.new("RGB", (90, 40)).save(tmp_path / "data" / "JPEGImages" / "p01.jpg")
+    refused(lambda: TrainManager(Config(**keys)).run(), "p01")
+
+
+def test_as_many_damaged_photos_as_allowed_are_left_out(keys, tmp_path, capsys):
+    (tmp_path / "data" / "JPEGImages" / "p01.jpg").write_bytes(b"no photo")
+    refused(lambda: TrainManager(Config(**keys)).run(), "p01", "repair or remove")
+    assert TrainManager(Config(**(keys | {"skip_unreadable": 1, "exp_name": "tolerant"}))).run() == 0
+    assert "left out: p01" in capsys.readouterr().out
+
+
+def test_an_experiment_is_never_overwritten(trained, tmp_path):
+    before = (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes()
+    refused(train(trained, lr=0.5), "tiny", "lr", "--resume", "--overwrite")
+    refused(lambda: TrainManager(Config(**(trained | {"lr": 0.5})), resume=""), "lr")
+    assert (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes() == before
+    assert TrainManager(Config(**(trained | {"lr": 0.5})), overwrite=True).run() == 0
+    (aside,) = (tmp_path / "experiments").glob("tiny.old-*")
+    assert (aside / "models_checkpoints/last.pt").read_bytes() == before
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, tmp_path, capsys):
+    lock = tmp_path / "experiments/tiny/.lock"
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        record = {"host": socket.gethostname(), "pid": owner.pid, "since": "noon"}
+        lock.write_text(json.dumps(record))
+        refused(train(keys), f"in use by process {owner.pid} on {record['host']} since noon", "another exp_name")
+        owner.kill()
+    assert TrainManager(Config(**keys)).run() == 0
+    assert f"the lock of process {owner.pid}, which is gone, is taken over" in capsys.readouterr().out
+
+
+def test_a_lock_of_another_machine_is_left_to_the_user(keys, tmp_path):
+    lock = tmp_path / "experiments/tiny/.lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "noon"}))
+    refused(train(keys), "was locked by process 1 on elsewhere since noon", f"delete {lock}")
+    lock.unlink()
+    assert TrainManager(Config(**keys)).run() == 0
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_run_does_not_go_on_with_other_photos(trained, tmp_path, split):
+    path = tmp_path / "data" / f"{split}_id.txt"
+    ids = path.read_text().split()
+    path.write_text("\n".join(ids[::-1]) + "\n")
+    refused(
+        lambda: TrainManager(Config(**trained), resume=""), f"{split}_id.txt", "other photos", "last.pt", "old list"
+    )
+    path.write_text("\r\n".join(ids))
+    assert TrainManager(Config(**trained), resume="").run() == 0
+
+
+def test_a_photo_that_has_gone_is_named_before_a_run_goes_on(trained, tmp_path):
+    (tmp_path / "data/JPEGImages/p01.jpg").unlink()
+    refused(lambda: TrainManager(Config(**trained), resume=""), "'p01'", "JPEGImages")
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(trained, tmp_path):
+    folder = tmp_path / "experiments/tiny/models_checkpoints"
+    for action in (lambda: TrainManager(Config(**trained), resume=str(folder)), evaluate(trained, str(folder))):
+        refused(action, f"{folder} is a folder", "name one checkpoint", "last.pt")
+    assert TrainManager(Config(**trained), resume="").run() == 0, "the lock was given back"
+
+
+@pytest.mark.parametrize("place", ["experiments/tiny", "tensorboard/tiny", "tensorboard"])
+def test_a_file_where_a_folder_is_to_be_made_is_named(keys, tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    refused(train(keys), str(tmp_path / place), "a file is where a folder is to be made")
+    assert (tmp_path / place).read_text() == "mine"
+
+
+def test_a_damaged_record_of_starts_does_not_stop_a_run(trained, tmp_path, capsys):
+    record = tmp_path / "experiments/tiny/environment.json"
+    for damage in ("{", '{"a": 1}'):
+        record.write_text(damage)
+        assert TrainManager(Config(**trained), resume="").run() == 0
+        assert "environment.json is damaged and begun anew" in capsys.readouterr().err
+        assert len(json.loads(record.read_text())) == 1
+
+
+@pytest.mark.parametrize(("name", "part"), [(None, "eval_checkpoint"), ("nothing", "no such checkpoint")])
+def test_a_checkpoint_must_be_named_and_be_there(trained, name, part):
+    refused(evaluate(trained, name), part)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
+    folder = tmp_path / "experiments/tiny/models_checkpoints"
+    (folder / "cut.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
+    refused(evaluate(trained, "cut"), "cut.pt", "truncated")
+    torch.save({"model": object}, folder / "foreign.pt")
+    refused(evaluate(trained, "foreign"), "foreign.pt")
+    refused(evaluate(trained, "last", encoder="resnet34"), "last.pt", "architecture", "resnet18", "resnet34")
+    state = load_checkpoint(folder / "last.pt")
+    state["tree"]["nodes"][1]["name"] = "forearm"
+    save_checkpoint(pack(state), folder / "tree.pt")
+    refused(evaluate(trained, "tree"), "tree.pt", "tree")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(keys, tmp_path):
+    manager = TrainManager(Config(**keys))
+    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
+    refused(manager.run, "step 0", "not finite", "p0", "grad_clip")
+    saved = torch.load(next((tmp_path / "experiments/tiny").glob("non_finite*.pt")), weights_only=True)
+    assert saved["batches"][0]["image"].shape == (2, 3, 32, 32)
+
+
+def test_a_photo_that_is_not_finite_spoils_no_weight_and_no_statistic(keys, tmp_path):
+    manager = TrainManager(Config(**keys))
+    to_device = manager._to_device
+
+    def infinite(batch):
+        images, labels = to_device(batch)
+        return (images * float("inf") if manager.step == 1 else images), labels
+
+    manager._to_device = infinite
+    refused(manager.run, "step 1", "not finite")
+    folder = tmp_path / "experiments/tiny"
+    last = load_checkpoint(folder / "models_checkpoints/last.pt")
+    assert (last["step"], last["batch"]) == (1, 1), "the bad step is the next one"
+    saved = torch.load(folder / "non_finite_step_1.pt", weights_only=True)
+    for name, tensor in last["model"].items():
+        assert tensor.isfinite().all(), name
+        assert torch.equal(tensor, saved["model"][name]), name
+
+
+def test_a_batch_that_cannot_be_saved_is_said(keys, tmp_path, monkeypatch):
+    manager = TrainManager(Config(**keys))
+    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
+
+    write = torch.save
+
+    def full(content, target):
+        if not isinstance(target, Path):  # a checkpoint
+            return write(content, target)
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    refused(manager.run, "could not be saved", "No space left")
+    assert not list((tmp_path / "experiments/tiny").glob("non_finite*"))
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(keys):
+    manager = TrainManager(Config(**(keys | {"on_non_finite": "skip", "n_epochs": 30})))
+    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
+    refused(manager.run, "not finite")
+    assert manager.skipped_steps == 21
+
+
+def test_the_config_of_a_run_is_written_as_it_was(trained, tmp_path):
+    copy = json.loads((tmp_path / "experiments/tiny/configs/tiny.json").read_text())
+    assert copy == Config(**trained).to_dict()

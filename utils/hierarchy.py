@@ -1,0 +1,391 @@
+"""The label tree, and every table that follows from it.
+
+    h = Hierarchy.load("configs/hierarchies/pascal_part.json")
+    targets, known = h.encode(labels)        # (B, H, W) node ids -> (B, N, H, W) each
+    halves = h.level_of(labels, 1)           # the same map in the classes of level 2
+
+Levels are counted from the leaves: level 1 is the leaves, the last level the roots. In code they are indexed
+from 0 (`level_classes[0]` is level 1); only names shown to people (`mIoU1`) count from 1.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+TAKEN_FOLDERS = ("overlay", "report", "scores")  # beside those of the levels
+TREE_KEYS = {"name", "ignore_index", "levels", "nodes"}
+NODE_KEYS = {"id", "name", "parent", "colour", "background"}
+MAX_LABEL = 65535  # a mask is a PNG of 8 or 16 bits
+
+
+class Hierarchy:
+    """A forest of classes. Node ids are 0..N-1 and index every table and every channel of the logits.
+
+    Raises: UserError, naming the file and the node, for anything that is not a forest with unique names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        names: Sequence[str],
+        parents: Sequence[int | None],
+        colours: Sequence[tuple[int, int, int]],
+        level_names: Sequence[str],
+        ignore_index: int = 255,
+        background: Sequence[int] = (),
+        source: str = "tree",
+    ) -> None:
+        self.name = name
+        self.names = tuple(names)
+        self.parents = tuple(parents)
+        self.colours = tuple(tuple(colour) for colour in colours)
+        self.level_names = tuple(level_names)
+        self.ignore_index = ignore_index
+        self.background = frozenset(background)
+
+        self.num_nodes = len(self.names)
+        self.children = _children(self.parents)
+        self.roots = tuple(v for v, parent in enumerate(self.parents) if parent is None)
+        self.paths = _paths(self.parents, self.names, source)  # root first, the node itself last
+        self.leaves = tuple(v for v in range(self.num_nodes) if not self.children[v])
+        self.num_leaves = len(self.leaves)
+        self.num_levels = max(len(path) for path in self.paths)
+        self.level_tables = tuple(self._level_table(level) for level in range(self.num_levels))
+        self.level_classes = tuple(sorted({table[leaf] for leaf in self.leaves}) for table in self.level_tables)
+        self._check(source)
+        self._cache: dict[Hashable, Tensor] = {}
+
+    # ---- reading and writing -------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Hierarchy":
+        """Reads a tree file. Raises: UserError for a file that is missing, not JSON, or not a tree."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            tree = json.loads(text, object_pairs_hook=lambda pairs: _no_duplicates(pairs, str(path)))
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the tree file ({error.strerror}); check the path") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from error
+        return cls.from_dict(tree, source=str(path))
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any], source: str = "tree") -> "Hierarchy":
+        """The inverse of `to_dict`. Raises: UserError, as `load`."""
+        _check_keys(tree, TREE_KEYS, TREE_KEYS, source)
+        nodes = tree["nodes"]
+        if not isinstance(nodes, list) or not nodes:
+            raise UserError(f"{source}: 'nodes' must be a list with at least one node")
+        for position, node in enumerate(nodes):
+            _check_node(node, f"{source}: nodes[{position}]")
+        nodes = _in_id_order(nodes, source)
+        return cls(
+            name=tree["name"],
+            names=[node["name"] for node in nodes],
+            parents=[node["parent"] for node in nodes],
+            colours=[node["colour"] for node in nodes],
+            level_names=tree["levels"] if isinstance(tree["levels"], list) else [tree["levels"]],
+            ignore_index=tree["ignore_index"],
+            background=[node["id"] for node in nodes if node.get("background", False)],
+            source=source,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as plain JSON types: what a tree file holds and what a checkpoint stores."""
+        nodes = []
+        for v in range(self.num_nodes):
+            node = {
+                "id": v,
+                "name": self.names[v],
+                "parent": self.parents[v],
+                "colour": list(self.colours[v]),
+            }
+            nodes.append(node | ({"background": True} if v in self.background else {}))
+        return {
+            "name": self.name,
+            "ignore_index": self.ignore_index,
+            "levels": list(self.level_names),
+            "nodes": nodes,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids, names, parents and leaves: equal when weights and masks are interchangeable."""
+        canonical = [[v, self.names[v], self.parents[v], v in self.leaves] for v in range(self.num_nodes)]
+        return hashlib.sha256(json.dumps(canonical, ensure_ascii=True).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        counts = f"{self.num_nodes} nodes, {self.num_leaves} leaves, {self.num_levels} levels"
+        return f"Hierarchy({self.name!r}, {counts})"
+
+    # ---- labels --------------------------------------------------------------------------------------------
+
+    def index_of(self, labels: Tensor) -> Tensor:
+        """Label map -> columns of the label tables, int64: the node id, or N for void. Leaves `labels` alone.
+
+        Raises: UserError for an id that is neither a node nor void (on the CPU; elsewhere asking would stall
+        the device, and the look-up itself fails there).
+        """
+        index = labels.long()  # may be `labels` itself: no operation in place on it
+        void = index == self.ignore_index
+        index = (index + (index >= self.num_nodes)).masked_fill_(void, self.num_nodes)
+        if index.device.type == "cpu" and index.numel():
+            lowest, highest = index.aminmax()
+            if lowest < 0 or highest > self.num_nodes:
+                strangers = sorted(set(labels.unique().tolist()) - {*range(self.num_nodes), self.ignore_index})
+                raise UserError(
+                    f"labels hold {strangers[:5]}; the tree {self.name!r} has nodes 0 to {self.num_nodes - 1} "
+                    f"and void {self.ignore_index}; encode the masks for this tree"
+                )
+        return index
+
+    def encode(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets (1 on the label's path, else 0) and which nodes are known (all but those below the label).
+
+        Shape: (..., H, W) node ids or `ignore_index` -> (..., N, H, W) float32 and (..., N, H, W) bool.
+        """
+        signs = self.signs(labels.device)[:, self.index_of(labels)].movedim(0, -3)
+        return (signs > 0).float(), signs != 0
+
+    def level_of(self, labels: "Tensor | np.ndarray", level: int) -> "Tensor | np.ndarray":
+        """The class of each pixel at `level` (0 is level 1); void where the label lies above that level.
+
+        Shape: any, of any integer type; the result has the same shape and type.
+        """
+        if isinstance(labels, np.ndarray):
+            return self._level_lut(level).numpy().astype(labels.dtype)[labels]
+        lut = self.cached(("level", level), labels.device, labels.dtype, lambda: self._level_lut(level))
+        return lut[labels.long()]  # .long(): a byte tensor as an index would be read as a mask
+
+    # ---- tables by label: column y belongs to node y, column N to void --------------------------------------
+
+    # Void is an imaginary node above all roots: everything lies below it, so nothing is known about it.
+
+    def signs(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """+1 where the node is on the label's path, -1 where on no path with it, 0 where unknown.
+
+        Shape: (N, N + 1).
+        """
+        return self.cached("signs", device, dtype, self._make_signs)
+
+    def leaves_below(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """1 where the leaf lies at or below the label, else 0. Shape: (leaves, N + 1)."""
+        return self.cached("leaves_below", device, dtype, self._make_leaves_below)
+
+    def path_table(self, device: torch.device | str) -> Tensor:
+        """The nodes from the root to each node, filled up with N; N for void. Shape: (depth, N + 1) int64."""
+        return self.cached("path_table", device, torch.int64, self._make_path_table)
+
+    def leaf_index(self, device: torch.device | str) -> Tensor:
+        """Ids of the leaves. Shape: (leaves,) int64."""
+        return self.cached("leaf_index", device, torch.int64, lambda: torch.tensor(self.leaves))
+
+    def edge_index(self, device: torch.device | str) -> Tensor:
+        """Row 0 the parents, row 1 the children, in the order of `edges`. Shape: (2, E) int64."""
+        return self.cached(
+            "edge_index", device, torch.int64, lambda: torch.tensor(self.edges).view(-1, 2).t().contiguous()
+        )
+
+    def cached(
+        self, key: Hashable, device: torch.device | str, dtype: torch.dtype, make: Callable[[], Tensor]
+    ) -> Tensor:
+        """The table `make()` on a device, made on first use and kept: tables are tiny, transfers stall."""
+        full_key = (key, torch.device(device), dtype)
+        if full_key not in self._cache:
+            with torch.inference_mode(False):  # a table made during evaluation must also serve training
+                self._cache[full_key] = make().to(device, dtype)
+        return self._cache[full_key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": {}}  # a worker process makes its own tables
+
+    # ---- construction --------------------------------------------------------------------------------------
+
+    def _level_table(self, level: int) -> tuple[int, ...]:
+        """node -> its class at `level`: the ancestor at that depth, a leaf above it itself, else void."""
+        depth = self.num_levels - level  # roots have depth 1
+        table = []
+        for v, path in enumerate(self.paths):
+            stands_for_itself = not self.children[v]
+            table.append(path[depth - 1] if len(path) >= depth else (v if stands_for_itself else self.ignore_index))
+        return tuple(table)
+
+    def _level_lut(self, level: int) -> Tensor:
+        lut = torch.full((max(self.num_nodes - 1, self.ignore_index) + 1,), self.ignore_index)
+        lut[: self.num_nodes] = torch.tensor(self.level_tables[level])
+        return lut
+
+    @cached_property
+    def preorder(self) -> tuple[int, ...]:
+        """Node ids, each parent before its children."""
+        order, stack = [], list(reversed(self.roots))
+        while stack:
+            v = stack.pop()
+            order.append(v)
+            stack.extend(reversed(self.children[v]))
+        return tuple(order)
+
+    @cached_property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """(parent, child), from the roots down; reversed, from the leaves up."""
+        return tuple((self.parents[v], v) for v in self.preorder if self.parents[v] is not None)
+
+    def _make_signs(self) -> Tensor:
+        signs = torch.full((self.num_nodes, self.num_nodes + 1), -1)
+        signs[:, self.num_nodes] = 0
+        for v, path in enumerate(self.paths):
+            for ancestor in path:
+                signs[v, ancestor] = 0  # below the label; the label itself is overwritten next
+            signs[list(path), v] = 1
+        return signs
+
+    def _make_leaves_below(self) -> Tensor:
+        below = torch.zeros(self.num_leaves, self.num_nodes + 1)
+        below[:, self.num_nodes] = 1
+        for row, leaf in enumerate(self.leaves):
+            below[row, list(self.paths[leaf])] = 1
+        return below
+
+    def _make_path_table(self) -> Tensor:
+        table = torch.full((self.num_levels, self.num_nodes + 1), self.num_nodes)
+        for v, path in enumerate(self.paths):
+            table[: len(path), v] = torch.tensor(path)
+        return table
+
+    def _check(self, source: str) -> None:
+        """What one node alone cannot show."""
+        if not _is_text(self.name):
+            raise UserError(f"{source}: 'name' must be a non-empty text, not {self.name!r}")
+        for name in self.level_names:  # they name folders of pictures
+            if not _is_text(name) or name.startswith(".") or any(c in name for c in "/\\:"):
+                raise UserError(
+                    f"{source}: 'levels' holds {name!r}; a level's name is a text without / \\ : or a first dot"
+                )
+            if name.lower() in TAKEN_FOLDERS:
+                raise UserError(f"{source}: 'levels' holds {name!r}, a folder of other pictures; choose another name")
+        ignore = self.ignore_index
+        if not _is_int(ignore) or not self.num_nodes <= ignore <= MAX_LABEL:
+            raise UserError(
+                f"{source}: 'ignore_index' is {ignore!r}; it must be an integer from {self.num_nodes} "
+                f"(the number of nodes) to {MAX_LABEL}, usually 255"
+            )
+        if len(self.level_names) != self.num_levels or len(set(self.level_names)) != self.num_levels:
+            raise UserError(
+                f"{source}: 'levels' is {list(self.level_names)}; the tree is {self.num_levels} levels deep, "
+                f"so give {self.num_levels} different names, the leaves' level first"
+            )
+        for what, values in (("name", self.names), ("colour", self.colours)):
+            first_with: dict[Any, int] = {}
+            for v, value in enumerate(values):
+                if value in first_with:
+                    raise UserError(
+                        f"{source}: node {v} ({self.names[v]}) has the same {what} {value!r} as node "
+                        f"{first_with[value]} ({self.names[first_with[value]]}); give it another"
+                    )
+                first_with[value] = v
+        for v in sorted(self.background):
+            if self.parents[v] is not None or self.children[v]:
+                raise UserError(
+                    f"{source}: node {v} ({self.names[v]}) is marked as background; only a root without children can be"
+                )
+
+
+def _children(parents: tuple[int | None, ...]) -> tuple[tuple[int, ...], ...]:
+    children: list[list[int]] = [[] for _ in parents]
+    for v, parent in enumerate(parents):
+        if parent is not None:
+            children[parent].append(v)
+    return tuple(tuple(nodes) for nodes in children)
+
+
+def _paths(parents: tuple[int | None, ...], names: tuple[str, ...], source: str) -> tuple[tuple[int, ...], ...]:
+    """For each node the ids from its root down to itself. Raises: UserError for a cycle."""
+    paths = []
+    for v in range(len(parents)):
+        path, parent = [v], parents[v]
+        while parent is not None:
+            if parent in path:
+                loop = " -> ".join(names[u] for u in [*path, parent])
+                raise UserError(
+                    f"{source}: node {v} ({names[v]}) never reaches a root: its parents form a cycle, {loop}"
+                )
+            path.append(parent)
+            parent = parents[parent]
+        paths.append(tuple(reversed(path)))
+    return tuple(paths)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            node = dict(pairs).get("name", "?")
+            raise UserError(f"{source}: the key {key!r} is given twice in the object named {node!r}; keep one")
+    return dict(pairs)
+
+
+def _check_keys(record: Any, allowed: set[str], required: set[str], where: str) -> None:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {record!r}")
+    if unknown := sorted(set(record) - allowed):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(allowed))}")
+    if missing := sorted(required - set(record)):
+        raise UserError(f"{where}: the key {missing[0]!r} is missing")
+
+
+def _check_node(node: Any, where: str) -> None:
+    """What one node alone can show."""
+    _check_keys(node, NODE_KEYS, NODE_KEYS - {"background"}, where)
+    where = f"{where}, id {node['id']!r}, name {node['name']!r}"
+    if not _is_int(node["id"]):
+        raise UserError(f"{where}: 'id' must be an integer")
+    if not _is_text(node["name"]):
+        raise UserError(f"{where}: 'name' must be a non-empty text of printable characters")
+    if node["parent"] is not None and not _is_int(node["parent"]):
+        raise UserError(f"{where}: 'parent' is {node['parent']!r}; it must be the id of a node, or null for a root")
+    colour = node["colour"]
+    if not isinstance(colour, list) or len(colour) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in colour):
+        raise UserError(f"{where}: 'colour' is {colour!r}; it must be [red, green, blue], integers from 0 to 255")
+    if not isinstance(node.get("background", False), bool):
+        raise UserError(f"{where}: 'background' must be true or false")
+
+
+def _in_id_order(nodes: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """Sorted by id. Raises: UserError for duplicate ids, gaps and unknown parents."""
+    by_id: dict[int, dict[str, Any]] = {}
+    for node in nodes:
+        if node["id"] in by_id:
+            raise UserError(
+                f"{source}: id {node['id']} is given to both {by_id[node['id']]['name']!r} and {node['name']!r}"
+            )
+        by_id[node["id"]] = node
+    for v in range(len(nodes)):
+        if v not in by_id:
+            highest = max(by_id, key=abs)
+            raise UserError(
+                f"{source}: ids must be 0 to {len(nodes) - 1} without gaps; {v} is missing, while node "
+                f"{highest} ({by_id[highest]['name']}) lies outside"
+            )
+    for node in nodes:
+        if node["parent"] is not None and node["parent"] not in by_id:
+            raise UserError(
+                f"{source}: node {node['id']} ({node['name']}) has the parent {node['parent']}, which is no node's id"
+            )
+    return [by_id[v] for v in range(len(nodes))]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
