@@ -82,7 +82,8 @@ class TrainManager:
         self.skipped_steps, self.seconds = 0, 0.0
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
         self.val_tolerance = Tolerance(config.skip_unreadable, self.val_ids)
-        self.signal: int | None = None
+        self.signal: int | None = None  # what this process was told
+        self.stopped_by: int | None = None  # what one of all processes was told, once all know
         self.lock, self.curves = None, NoCurves()
         self._open(resume, overwrite)
 
@@ -269,7 +270,7 @@ class TrainManager:
         except Interrupted:
             saved = self.save("last")
             self.say(self._farewell(bool(saved)))
-            return 128 + self.signal
+            return 128 + self.stopped_by
         except UserError:
             # Between two steps, as after a signal: what was trained is not lost. After the last epoch it was the save
             # itself that failed.
@@ -277,9 +278,9 @@ class TrainManager:
                 self.save("last")
             raise
         finally:
+            self._close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self._close()
 
     def _train_epoch(self) -> None:
         config = self.config
@@ -531,7 +532,7 @@ class TrainManager:
         )
 
     def _farewell(self, saved: bool) -> str:
-        name = signal.Signals(self.signal).name
+        name = signal.Signals(self.stopped_by).name
         if not saved:
             return f"stopped by {name}; the newest checkpoint could not be written, the one before stands"
         return (
@@ -549,7 +550,7 @@ class TrainManager:
         """Raises Interrupted in all processes once one of them was told to stop."""
         asked = distributed.largest(self.signal or 0)
         if asked:
-            self.signal = asked
+            self.stopped_by = asked  # this process's own signal may come later still
             raise Interrupted
 
     def _close(self) -> None:

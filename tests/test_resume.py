@@ -219,6 +219,34 @@ def test_a_second_signal_ends_at_once(data, tmp_path, number):
     assert child.wait(60) == -number
 
 
+def hear_of_the_signal_from_another_process_first() -> None:
+    """torchrun tells one process after the other: this one's own signal comes while it saves already."""
+    from manage import distributed
+    from manage.train_manager import TrainManager
+
+    save = TrainManager.save
+
+    def told_late(self, *names):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(self, *names)
+
+    TrainManager.save = told_late
+    distributed.largest = lambda value: signal.SIGTERM
+
+
+def test_a_signal_that_another_process_had_first_is_no_second_one(data, tmp_path):
+    status, output = run(
+        "train.py",
+        "--cfg",
+        write_config(tmp_path, data),
+        log=tmp_path / "log",
+        prepare=(hear_of_the_signal_from_another_process_first,),
+    )
+    assert status == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM after step 1; all is saved" in output
+    assert checkpoint(tmp_path, "last")["step"] == 1
+
+
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(untouched, data, tmp_path):
     reference, keys, _ = untouched
     for name in ("experiments", "tensorboard"):
