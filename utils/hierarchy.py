@@ -177,6 +177,10 @@ class Hierarchy:
         """
         return self.cached("signs", device, dtype, self._make_signs)
 
+    def wrong(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """-signs, rows breadth first. Shape: (N, N + 1)."""
+        return self.cached("wrong", device, dtype, lambda: -self._make_signs()[list(self.breadth_first)])
+
     def leaves_below(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """1 where the leaf lies at or below the label, else 0. Shape: (leaves, N + 1)."""
         return self.cached("leaves_below", device, dtype, self._make_leaves_below)
@@ -193,6 +197,16 @@ class Hierarchy:
         """Row 0 the parents, row 1 the children, in the order of `edges`. Shape: (2, E) int64."""
         return self.cached(
             "edge_index", device, torch.int64, lambda: torch.tensor(self.edges).view(-1, 2).t().contiguous()
+        )
+
+    def breadth_first_index(self, device: torch.device | str) -> Tensor:
+        """`breadth_first`. Shape: (N,) int64."""
+        return self.cached("breadth_first", device, torch.int64, lambda: torch.tensor(self.breadth_first))
+
+    def breadth_first_place(self, device: torch.device | str) -> Tensor:
+        """Where `breadth_first` has each node: its inverse. Shape: (N,) int64."""
+        return self.cached(
+            "breadth_first_place", device, torch.int64, lambda: torch.tensor(self.breadth_first).argsort()
         )
 
     def cached(
@@ -233,6 +247,21 @@ class Hierarchy:
             order.append(v)
             stack.extend(reversed(self.children[v]))
         return tuple(order)
+
+    @cached_property
+    def breadth_first(self) -> tuple[int, ...]:
+        """Node ids, level by level from the roots: siblings stand together, in the order of their ids."""
+        order = list(self.roots)
+        for v in order:
+            order.extend(self.children[v])
+        return tuple(order)
+
+    @cached_property
+    def families(self) -> tuple[tuple[int, slice], ...]:
+        """(parent, its children) as rows of `breadth_first`, from the roots down; reversed, from the leaves up."""
+        place = {v: row for row, v in enumerate(self.breadth_first)}
+        parents = [v for v in self.breadth_first if self.children[v]]
+        return tuple((place[v], slice(place[self.children[v][0]], place[self.children[v][-1]] + 1)) for v in parents)
 
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:

@@ -33,176 +33,231 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from utils.chunks import chunks
+from utils.chunks import Workspace, cuts
 from utils.hierarchy import Hierarchy
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 NODE_WEIGHTS = ("none", "inverse_sqrt", "effective_number")
 
 PRODUCT_ROWS = 64  # a product of this many numbers up to 2 is far from overflow
+FAR = 1e30  # beyond any wrongness, and finite: 0 times it is 0
 
 
 class Chunk:
-    """Some pixels of a batch, nodes first, and what several losses share about them."""
+    """Some pixels of a batch in K blocks, and what several losses share about them."""
 
-    def __init__(self, logits: Tensor, index: Tensor, h: Hierarchy, gamma: float, node_weights: Tensor | None) -> None:
-        self.logits = logits  # (N, P) float32 or float64
-        self.index = index  # (P,) node ids, N for void
+    def __init__(
+        self,
+        logits: Tensor,
+        index: Tensor,
+        grad: Tensor | None,
+        h: Hierarchy,
+        gamma: float,
+        node_weights: Tensor | None,
+        space: Workspace,
+    ) -> None:
+        self.logits = logits  # (K, N, P) float32 or float64, a view into the batch
+        self.index = index  # (K, P) node ids, N for void
+        self.grad = grad  # (K, N, P), where the gradient is written; None where none is wanted
         self.h = h
         self.gamma = gamma
         self.node_weights = node_weights  # (N,) or None
+        self.space = space
+        self.is_first = True  # nothing has been written to `grad` yet
+
+    def buffer(self, name: str, rows: int | None = None) -> Tensor:
+        """A workspace of (K, rows, P), by default (K, N, P)."""
+        blocks, nodes, pixels = self.logits.shape
+        return self.space(name, (blocks, nodes if rows is None else rows, pixels), self.logits)
 
     @cached_property
-    def signs(self) -> Tensor:
-        """(N, P): 1 positive, -1 negative, 0 unknown."""
-        return self.h.signs(self.logits.device, self.logits.dtype).index_select(1, self.index)
+    def wrong(self) -> Tensor:
+        """(K, N, P), breadth first: -1 positive, 1 negative, 0 unknown; times the logit, how wrong the node is."""
+        table = self.h.wrong(self.logits.device, self.logits.dtype)
+        table, index = table.expand(len(self.index), -1, -1), self.index.unsqueeze(1).expand(self.logits.shape)
+        return torch.gather(table, 2, index, out=self.buffer("wrong"))
+
+    def wrongness(self) -> Tensor:
+        """(K, N, P), breadth first, of the nodes' own logits; the caller's to overwrite."""
+        result, logits = self.buffer("wrongness"), self.logits.unbind(1)
+        for v, wrong, row in zip(self.h.breadth_first, self.wrong.unbind(1), result.unbind(1), strict=True):
+            torch.mul(logits[v], wrong, out=row)
+        return result
+
+    def add_gradient(self, slope: Tensor, weight: float) -> None:
+        """Adds a gradient by wrongness to that by the logits. Shape: (K, N, P), breadth first. Overwrites `slope`."""
+        if weight != 1:
+            slope.mul_(weight)
+        grad = self.grad.unbind(1)
+        for v, wrong, row in zip(self.h.breadth_first, self.wrong.unbind(1), slope.unbind(1), strict=True):
+            if self.is_first:
+                torch.mul(row, wrong, out=grad[v])
+            else:
+                grad[v].addcmul_(row, wrong)
+        self.is_first = False
 
 
-# ---- one term per node: value and slope as a function of the margin --------------------------------------------
+# ---- one term per node: value and slope as a function of how wrong the node is ---------------------------------
+
+# A node's wrongness is n = -y: its term is softplus(n), its slope sigmoid(n), and 0 stands for unknown.
 
 
-def _node_terms(margin: Tensor, chunk: Chunk, gamma: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the nodes' terms, and the slope of each by its margin, 0 for unknown nodes.
+def _node_terms(wrongness: Tensor, chunk: Chunk, gamma: float) -> tuple[Tensor, Tensor]:
+    """Sum of the nodes' terms, and the slope of each by its wrongness; that of an unknown node means nothing.
 
-    Shape: (N, P), a margin of 0 where unknown -> scalar, (N, P).
+    Shape: (K, N, P) in the order of `chunk.wrong` -> scalar, (K, N, P).
     """
+    slope = torch.sigmoid(wrongness, out=chunk.buffer("slope"))  # 1 - p
     if gamma == 0 and chunk.node_weights is None:
-        total = _softplus_sum(margin, chunk.signs)
-        return total, torch.sigmoid(margin.neg()).neg_().mul_(chunk.signs.abs()) if need_grad else None
-    known = chunk.signs.abs()
+        return _softplus_sum(wrongness, slope, chunk), slope
+    factor = chunk.wrong.abs()
     if chunk.node_weights is not None:
-        known.mul_(chunk.node_weights.unsqueeze(1))
-    wrong = torch.sigmoid(margin.neg())  # 1 - p
-    penalty = torch.nn.functional.softplus(margin.neg())
-    factor = known * wrong.pow(gamma)
+        order = chunk.h.breadth_first_index(factor.device)
+        factor.mul_(chunk.node_weights.index_select(0, order).unsqueeze(1))
+    factor.mul_(slope.pow(gamma))
+    penalty = torch.nn.functional.softplus(wrongness)
     total = (factor * penalty).sum()
-    if not need_grad:
-        return total, None
-    # d/dy of wrong^gamma * penalty; written without wrong^(gamma - 1), which is infinite at 0
-    slope = penalty.mul_(1 - wrong).mul_(gamma).add_(wrong).mul_(factor).neg_()
-    return total, slope
+    # d/dn of slope^gamma * penalty; written without slope^(gamma - 1), which is infinite at 0
+    return total, penalty.mul_(1 - slope).mul_(gamma).add_(slope).mul_(factor)
 
 
-def _softplus_sum(margin: Tensor, signs: Tensor) -> Tensor:
-    """Sum of softplus(-margin) over known nodes, with one logarithm a pixel instead of one a node.
+def _softplus_sum(wrongness: Tensor, slope: Tensor, chunk: Chunk) -> Tensor:
+    """Sum of softplus(n) over known nodes, with one logarithm a pixel instead of one a node.
 
-    softplus(-y) = max(-y, 0) + log1p(e), e = exp(-|y|), and the sum of log1p(e_v) is log1p(q) where
+    softplus(n) = max(n, 0) + log1p(e), e = exp(-|n|), and the sum of log1p(e_v) is log1p(q) where
     1 + q is the product of the 1 + e_v. Joined pairwise as q = a + b + ab, q keeps its relative precision however
-    small; logarithms are the dearest operation on a CPU.
+    small; logarithms are the dearest operation on a CPU. With s = sigmoid(n), e is min(s, 1 - s) / max(s, 1 - s):
+    1 - s is inexact only where n > 0 outweighs it.
     """
-    small = torch.sigmoid(margin.abs().neg_())  # e / (1 + e)
-    e = small.div_(1 - small).mul_(signs.abs())
-    total = margin.clamp(max=0).sum().neg_()
-    for rows in e.split(PRODUCT_ROWS):
-        while len(rows) > 1:
-            half = len(rows) // 2
-            a, b = rows[:half], rows[half : 2 * half]
-            joined = torch.addcmul(a + b, a, b)
-            rows = joined if 2 * half == len(rows) else torch.cat([joined, rows[2 * half :]])
-        total += rows.log1p_().sum()
+    other = torch.sub(1, slope, out=chunk.buffer("other"))
+    e = torch.minimum(slope, other, out=chunk.buffer("product"))
+    e.div_(torch.maximum(slope, other, out=other)).mul_(chunk.wrong).mul_(chunk.wrong)
+    total = torch.clamp(wrongness, min=0, out=other).sum()
+    for rows in e.split(PRODUCT_ROWS, dim=1):
+        while (count := rows.shape[1]) > 1:
+            half = (count + 1) // 2  # of an odd number the last waits
+            a, b = rows[:, : count - half], rows[:, half:]
+            a_plus_b = torch.add(a, b, out=other[:, : count - half])
+            a.mul_(b).add_(a_plus_b)
+            rows = rows[:, :half]
+        total += _log1p(rows[:, 0], other[:, 0]).sum()
     return total
 
 
-# ---- the losses: chunk -> sum over its pixels, gradient by the logits --------------------------------------------
+def _log1p(q: Tensor, out: Tensor) -> Tensor:
+    """log1p for q >= 0 by a logarithm and its rounding error: torch.log1p takes five times as long on a CPU."""
+    u = torch.add(q, 1, out=out)
+    lost = (u - 1).sub_(q).div_(u)
+    return u.log_().sub_(lost)
 
 
-def _bce(chunk: Chunk, need_grad: bool, gamma: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    total, slope = _node_terms(chunk.logits * chunk.signs, chunk, gamma, need_grad)
-    return total, slope.mul_(chunk.signs) if need_grad else None
+# ---- the losses: chunk -> sum over its pixels; weight times the gradient by the logits is added to chunk.grad -----
 
 
-def _tree_min(chunk: Chunk, need_grad: bool, gamma: float = 0.0) -> tuple[Tensor, Tensor | None]:
+def _bce(chunk: Chunk, weight: float, gamma: float = 0.0) -> Tensor:
+    total, slope = _node_terms(chunk.wrongness(), chunk, gamma)
+    if chunk.grad is not None:
+        chunk.add_gradient(slope, weight)
+    return total
+
+
+def _tree_min(chunk: Chunk, weight: float, gamma: float = 0.0) -> Tensor:
     """Each node judged by the worst logit among its ancestors (if positive) or its descendants (if negative).
 
-    Descendants of a negative node are negative and ancestors of a positive one positive, so both extremes can be
-    taken over the whole tree, whatever the label, and chosen from afterwards. The gradient of an extreme goes to
-    one node: on a tie an ancestor before a descendant in the minimum, a descendant before an ancestor (the lowest
-    id among siblings) in the maximum.
+    In wrongness both are one rule, a maximum along edges: from a parent down to a positive child, from the children
+    up to a negative parent. Nowhere do the two meet: ancestors of a positive node are positive, descendants of a
+    negative one negative. The gradient of a maximum goes to one node: on a tie to an ancestor on the way down, to a
+    descendant (the lowest id among siblings) on the way up.
     """
-    edges = chunk.h.edges
-    lowest, highest = chunk.logits.clone(), chunk.logits.clone()
-    low, high = lowest.unbind(), highest.unbind()
-    for parent, child in edges:
-        torch.minimum(low[child], low[parent], out=low[child])
-    for parent, child in reversed(edges):
-        torch.maximum(high[parent], high[child], out=high[parent])
+    families, wrong = chunk.h.families, chunk.wrong
+    n = chunk.wrongness()
+    down = torch.add(wrong, 1, out=chunk.buffer("down"))  # 0 where positive
+    up = chunk.buffer("up", len(families))
+    for parent, children in families:
+        own, offer = n[:, children], down[:, children]
+        torch.sub(n[:, parent : parent + 1], offer, alpha=FAR, out=offer)
+        torch.maximum(own, offer, out=own)
+    for f, (parent, children) in reversed(list(enumerate(families))):
+        own, offer = n[:, parent], torch.amax(n[:, children], 1, out=up[:, f])
+        offer.sub_(1 - wrong[:, parent], alpha=FAR)
+        torch.maximum(own, offer, out=own)
 
-    positive, negative = chunk.signs.clamp(min=0), chunk.signs.clamp(max=0)
-    margin = (lowest * positive).addcmul_(highest, negative)
-    total, slope = _node_terms(margin, chunk, gamma, need_grad)
-    if not need_grad or not edges:
-        return total, slope.mul_(chunk.signs) if need_grad else None
-
-    to_lowest, to_highest = positive.mul_(slope), negative.mul_(slope)
-    parents, children = chunk.h.edge_index(chunk.logits.device)
-    # eq_ in place keeps the float type, so that a product with it needs no conversion
-    from_parent = lowest.index_select(0, children).eq_(lowest.index_select(0, parents)).unbind()
-    from_child = highest.index_select(0, parents).eq_(highest.index_select(0, children)).unbind()
-    low, high = to_lowest.unbind(), to_highest.unbind()
-    for e, (parent, child) in reversed(list(enumerate(edges))):
-        _move(low[child], low[parent], from_parent[e])
-    for e, (parent, child) in enumerate(edges):
-        _move(high[parent], high[child], from_child[e])
-    return total, to_lowest.add_(to_highest)
-
-
-def _move(source: Tensor, target: Tensor, where: Tensor) -> None:
-    """Moves gradient between two nodes, in place, at the pixels where the extreme came from the other."""
-    moved = where.mul_(source)
-    target.add_(moved)
-    source.sub_(moved)
-
-
-def _ce(chunk: Chunk, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    return _mass_terms(chunk, chunk.index.unsqueeze(0), need_grad)
+    total, slope = _node_terms(n, chunk, gamma)
+    if chunk.grad is None:
+        return total
+    # Where the maximum is the offer, the slope moves to where that came from. eq_ in place keeps the float type.
+    for parent, children in reversed(families):
+        own = slope[:, children]
+        moved = down[:, children].eq_(n[:, children]).mul_(own)
+        own.sub_(moved)
+        slope[:, parent].add_(moved.sum(1))
+    for f, (parent, children) in enumerate(families):
+        own = slope[:, parent]
+        moved = up[:, f].eq_(n[:, parent]).mul_(own)
+        own.sub_(moved)
+        takes = torch.eq(n[:, children], n[:, parent : parent + 1], out=down[:, children])
+        for row in takes.unbind(1):
+            moved.sub_(row.mul_(moved))  # nothing is left for the next one
+        slope[:, children].add_(takes)
+    chunk.add_gradient(slope, weight)
+    return total
 
 
-def _path_ce(chunk: Chunk, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    return _mass_terms(chunk, chunk.h.path_table(chunk.index.device).index_select(1, chunk.index), need_grad)
+def _ce(chunk: Chunk, weight: float) -> Tensor:
+    return _mass_terms(chunk, weight, [chunk.index])
 
 
-def _mass_terms(chunk: Chunk, nodes: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _path_ce(chunk: Chunk, weight: float) -> Tensor:
+    table = chunk.h.path_table(chunk.index.device)
+    return _mass_terms(chunk, weight, [nodes[chunk.index] for nodes in table])
+
+
+def _mass_terms(chunk: Chunk, weight: float, nodes: Sequence[Tensor]) -> Tensor:
     """-log of the softmax's mass on the leaves at or below each node. Void lies above all leaves: -log 1 = 0.
 
-    Shape: (K, P) node ids, N for void -> scalar, (N, P).
+    Shape: times (K, P) node ids, N for void -> scalar.
     """
-    logits = chunk.logits
+    logits, need_grad = chunk.logits, chunk.grad is not None
     leaves = chunk.h.leaf_index(logits.device)
-    leaf_logits = logits.index_select(0, leaves)
-    leaves_below = chunk.h.leaves_below(logits.device, logits.dtype)
+    leaf_logits = logits.index_select(1, leaves)
+    leaves_below = chunk.h.leaves_below(logits.device, logits.dtype).expand(len(logits), -1, -1)
     weights = None if chunk.node_weights is None else torch.cat([chunk.node_weights, logits.new_zeros(1)])
     total_all, share_all = _log_sum_exp(leaf_logits, need_grad)
     total = logits.new_zeros(())
     slope = torch.zeros_like(leaf_logits) if need_grad else None
     for node in nodes:
-        below = leaves_below.index_select(1, node)
-        total_below, share_below = _log_sum_exp(leaf_logits + (below - 1).mul_(1e30), need_grad)
+        below = leaves_below.gather(2, node.unsqueeze(1).expand(-1, len(leaves), -1))
+        total_below, share_below = _log_sum_exp(below.sub_(1).mul_(FAR).add_(leaf_logits), need_grad)
         term = total_all - total_below
-        weight = None if weights is None else weights.index_select(0, node)
-        total += (term if weight is None else term.mul_(weight)).sum()
+        node_weight = None if weights is None else weights[node]
+        total += (term if weights is None else term.mul_(node_weight)).sum()
         if need_grad:
             change = torch.sub(share_all, share_below, out=share_below)
-            slope += change if weight is None else change.mul_(weight)
-    if not need_grad:
-        return total, None
-    return total, torch.zeros_like(logits).index_copy_(0, leaves, slope)
+            slope += change if weights is None else change.mul_(node_weight.unsqueeze(1))
+    if need_grad:
+        if chunk.is_first:
+            chunk.grad.zero_()
+        for row, leaf in enumerate(chunk.h.leaves):
+            chunk.grad[:, leaf].add_(slope[:, row], alpha=weight)
+        chunk.is_first = False
+    return total
 
 
 def _log_sum_exp(logits: Tensor, need_shares: bool) -> tuple[Tensor, Tensor | None]:
-    """log of the sum of exp over rows, and each row's share in it. Shape: (L, P) -> (P,), (L, P)."""
-    highest = logits.amax(0)
+    """log of the sum of exp over rows, and each row's share in it. Shape: (K, L, P) -> (K, P), (K, L, P)."""
+    highest = logits.amax(1, keepdim=True)
     shares = (logits - highest).exp_()
-    mass = shares.sum(0)
-    return mass.log().add_(highest), shares.div_(mass) if need_shares else None
+    mass = shares.sum(1, keepdim=True)
+    return mass.log().add_(highest).squeeze(1), shares.div_(mass) if need_shares else None
 
 
-_TERMS: dict[str, Callable[[Chunk, bool], tuple[Tensor, Tensor | None]]] = {
+_TERMS: dict[str, Callable[[Chunk, float], Tensor]] = {
     "ce": _ce,
     "path_ce": _path_ce,
     "bce": _bce,
-    "focal": lambda chunk, need_grad: _bce(chunk, need_grad, chunk.gamma),
+    "focal": lambda chunk, weight: _bce(chunk, weight, chunk.gamma),
     "tree_min": _tree_min,
-    "focal_tree_min": lambda chunk, need_grad: _tree_min(chunk, need_grad, chunk.gamma),
+    "focal_tree_min": lambda chunk, weight: _tree_min(chunk, weight, chunk.gamma),
 }
 
 
@@ -213,47 +268,55 @@ class _TreeLoss(torch.autograd.Function):
     """Weighted sum of losses, mean over labelled pixels; loss and gradient in one pass over the chunks."""
 
     @staticmethod
-    def forward(ctx, logits, labels, h, weights, gamma, node_weights):
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        need_grad = ctx.needs_input_grad[0]
-        flat = logits.flatten(2)  # (B, N, H, W) -> (B, N, HW)
-        index = h.index_of(labels).flatten(1)
-        grad = torch.empty_like(flat) if need_grad else None
-        if node_weights is not None:
-            node_weights = node_weights.to(logits.device, dtype)
-
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for samples, pixels in chunks(flat.shape, flat.device):
-            part = flat[samples, :, pixels].transpose(0, 1)  # (N, b, p)
-            part_index = index[samples, pixels].reshape(-1)
-            chunk = Chunk(part.to(dtype).flatten(1), part_index, h, gamma, node_weights)
-            chunk_grad = None
-            for name, weight in weights.items():
-                term, term_grad = _TERMS[name](chunk, need_grad)
-                total += weight * term
-                if need_grad:
-                    term_grad = term_grad if weight == 1 else term_grad.mul_(weight)
-                    chunk_grad = term_grad if chunk_grad is None else chunk_grad.add_(term_grad)
-            if need_grad:
-                grad[samples, :, pixels] = chunk_grad.unflatten(1, part.shape[1:]).transpose(0, 1)
-
-        labelled = (index != h.num_nodes).sum().clamp_(min=1)  # a batch without labels has loss 0, not 0 / 0
-        if need_grad:
-            ctx.save_for_backward(grad.unflatten(2, logits.shape[2:]), labelled)
-        return (total / labelled).to(dtype)
+    def forward(ctx, logits, labels, *spec):
+        total, ctx.grad = _sum_and_grad(logits, labels, *spec, need_grad=ctx.needs_input_grad[0])
+        h = spec[0]
+        labelled = (labels != h.ignore_index).sum().clamp_(min=1)  # a batch without labels has loss 0, not 0 / 0
+        ctx.spec = spec
+        ctx.save_for_backward(logits, labels, labelled)
+        return (total / labelled).to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx, grad_output):
         if torch.is_grad_enabled():  # create_graph=True; the kept gradient would pass for a constant, silently
             raise RuntimeError("the tree losses have no second derivative; call backward without create_graph")
-        grad, labelled = ctx.saved_tensors
+        logits, labels, labelled = ctx.saved_tensors
+        grad, ctx.grad = ctx.grad, None  # handed over: a copy would be as large as the logits
+        if grad is None:  # a second time through a graph that was retained
+            _, grad = _sum_and_grad(logits, labels, *ctx.spec, need_grad=True)
         scale = grad_output / labelled
         if grad.dtype in (torch.float32, torch.float64):
-            return grad * scale, None, None, None, None, None
-        scaled = torch.empty_like(grad)  # a half-precision scale would be off by up to 0.4 %, or underflow
-        for source, target in zip(grad, scaled, strict=True):
-            target.copy_(source.float().mul_(scale))
-        return scaled, None, None, None, None, None
+            grad.mul_(scale)
+        else:  # a half-precision scale would be off by up to 0.4 %, or underflow
+            for sample in grad:
+                sample.copy_(sample.float().mul_(scale))
+        return grad, None, *(None for _ in ctx.spec)
+
+
+def _sum_and_grad(
+    logits: Tensor,
+    labels: Tensor,
+    h: Hierarchy,
+    weights: Mapping[str, float],
+    gamma: float,
+    node_weights: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the losses over all labelled pixels, and its gradient. Shape: as `build_criterion` -> (), (B, N, H, W)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    flat = logits.flatten(2)  # (B, N, H, W) -> (B, N, HW)
+    flat_labels = labels.flatten(1)
+    grad = torch.empty_like(flat) if need_grad else None
+    if node_weights is not None:
+        node_weights = node_weights.to(logits.device, dtype)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    space = Workspace()
+    for cut in cuts(flat.shape, flat.device):
+        place = cut(grad) if need_grad else None
+        chunk = Chunk(cut(flat).to(dtype), h.index_of(cut(flat_labels)), place, h, gamma, node_weights, space)
+        for name, weight in weights.items():
+            total += weight * _TERMS[name](chunk, weight)
+    return total, grad.view(logits.shape) if need_grad else None
 
 
 def _check_shapes(logits: Tensor, labels: Tensor, h: Hierarchy) -> None:
