@@ -1,7 +1,6 @@
 """Reads and writes the files of a data set: photos, label maps, id lists. Knows no tree."""
 
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,8 +99,7 @@ def write_indexed(path: str | Path, labels: np.ndarray, palette: Sequence[Colour
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        # label maps are runs of one value: looking for nothing else is faster and a quarter smaller
-        image.save(partial, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
+        image.save(partial, format="PNG", compress_level=3)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
