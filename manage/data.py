@@ -1,6 +1,7 @@
 """Config -> data sets and loaders, with every file checked before the first step."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -128,11 +129,25 @@ def samples_of(batch: Sample) -> Iterator[tuple[int, str]]:
     return zip(batch.index.tolist(), batch.fault, strict=True)
 
 
+STOPS = {signal.SIGTERM, signal.SIGINT}
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """`iter(loader)`, whose workers no signal can end before they have a process group of their own."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the workers inherit it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # what came meanwhile, this process hears now
+
+
 def _start_worker(_worker: int) -> None:
     """One thread; and a process group of its own: Ctrl-C and torchrun signal the whole group of the main process.
 
     That one wants to end its step and save, for which its workers must live. They end with it, whatever ends it.
     """
     torch.set_num_threads(1)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    os.setpgrp()
+    while meant_for_the_group := signal.sigpending() & STOPS:
+        signal.sigwait(meant_for_the_group)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

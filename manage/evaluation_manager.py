@@ -17,7 +17,7 @@ from configs.config import DECODE_RULES, Config
 from configs.errors import UserError
 from manage import distributed, report
 from manage.checkpoint import find_checkpoint, load_checkpoint
-from manage.data import Tolerance, check_data, read_split, val_loader
+from manage.data import Tolerance, batches_of, check_data, read_split, val_loader
 from manage.experiment import environment, write_json
 from manage.inference import photo_logits
 from manage.network import check_same_network, load_hierarchy, restore_network, root_bias
@@ -61,7 +61,7 @@ def predictions(
     """Every readable photo of the loader through the network; `between` is called before each photo."""
     network.eval()
     rounds = distributed.largest(len(loader))
-    for sample in loader:
+    for sample in batches_of(loader):
         between()
         bar.update()
         if not tolerance.check(sample.index, sample.fault):

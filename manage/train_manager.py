@@ -32,7 +32,7 @@ from manage.checkpoint import (
     pack,
     save_checkpoint,
 )
-from manage.data import Tolerance, check_data, read_split, samples_of, train_loader, val_loader
+from manage.data import Tolerance, batches_of, check_data, read_split, samples_of, train_loader, val_loader
 from manage.evaluation_manager import Validation, validate
 from manage.experiment import (
     Curves,
@@ -311,7 +311,7 @@ class TrainManager:
 
     def _groups(self) -> Iterator[list[Sample]]:
         """The batches of each optimiser step."""
-        batches = iter(self.loader)
+        batches = batches_of(self.loader)
         while group := list(itertools.islice(batches, self.config.accumulate)):
             for batch in group:
                 for index, fault in samples_of(batch):
