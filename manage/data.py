@@ -60,7 +60,7 @@ def train_loader(config: Config, hierarchy: Hierarchy, rank: int, world: int) ->
     )
     photos = TrainPhotos(files, view, hierarchy.ignore_index, config.crop_size, hierarchy.num_nodes)
     batches = EpochBatches(len(photos), config.batch_size, config.seed, rank, world, config.accumulate)
-    workers = n_workers(config)
+    workers = n_workers(config, without_gpu=1)
     loader = DataLoader(
         photos,
         batch_sampler=batches,
@@ -78,9 +78,7 @@ def val_loader(config: Config, hierarchy: Hierarchy, ids: list[str], rank: int =
     """Whole photos, one at a time; with several processes each photo belongs to exactly one of them."""
     files = find_samples(ids, config.images_dir, config.labels_dir)
     photos = WholePhotos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
-    workers = n_workers(config)
-    if config.num_workers == "auto" and not torch.cuda.is_available():
-        workers = 0  # a worker that reads for 2 ms makes a pass of the network on all cores 10 ms longer
+    workers = n_workers(config, without_gpu=0)
     return DataLoader(
         photos,
         batch_size=None,
@@ -93,11 +91,15 @@ def val_loader(config: Config, hierarchy: Hierarchy, ids: list[str], rank: int =
     )
 
 
-def n_workers(config: Config) -> int:
-    """`auto`: without a GPU one worker, since the network needs the cores; with one, all cores but one, at most 16."""
+def n_workers(config: Config, without_gpu: int) -> int:
+    """`auto`: with a GPU all cores but one, at most 16; without one the network needs the cores.
+
+    There training takes one worker, to augment meanwhile, and evaluation none: a worker that reads for 2 ms makes a
+    pass of the network over all cores 10 ms longer.
+    """
     if config.num_workers != "auto":
         return config.num_workers
-    return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else 1
+    return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else without_gpu
 
 
 class Tolerance:
