@@ -23,6 +23,7 @@ from manage.inference import photo_logits
 from manage.network import check_same_network, load_hierarchy, restore_network, root_bias
 from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
 from utils import visualize
+from utils.cli import progress
 from utils.decode import DECODERS
 from utils.hierarchy import Hierarchy
 from utils.images import write_indexed
@@ -176,7 +177,7 @@ class EvaluationManager:
         counts: dict[int, list[np.ndarray]] = {}  # photo -> confusion matrix by rule
         # in the unit of the config's own rule: logits or probabilities, so no other rule takes it
         biases = {self.config.decode: root_bias(self.config, self.hierarchy)}
-        bar = tqdm(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
+        bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
         with torch.inference_mode(), PictureWriter(self.folder, self.hierarchy, self.options.pictures) as writer:
             for prediction in predictions(self.network, self.loader, self.device, self.tolerance, self.config.amp, bar):
                 labels = prediction.labels[None]

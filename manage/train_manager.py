@@ -45,6 +45,7 @@ from manage.experiment import (
 )
 from manage.inference import autocast
 from manage.network import build_network, check_same_network, load_hierarchy, load_weights
+from utils.cli import progress
 from utils.dataset import Sample
 from utils.losses import build_criterion, node_weights
 from utils.schedules import lr_factor
@@ -517,10 +518,7 @@ class TrainManager:
         return contextlib.nullcontext()
 
     def _bar(self, total: int, initial: int, name: str) -> tqdm:
-        every = 0.2 if sys.stderr.isatty() else 30
-        return tqdm(
-            total=total, initial=initial, desc=name, mininterval=every, leave=False, disable=not distributed.is_main()
-        )
+        return progress(total=total, initial=initial, desc=name, leave=False, disable=not distributed.is_main())
 
     def _say_plan(self) -> None:
         config = self.config

@@ -24,12 +24,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from manage import distributed
 from manage.experiment import environment
 from tools.benchmark_stages import STAGES, Contest, Setting, make_data, peak_memory_of
-from utils.cli import run_main
+from utils.cli import progress, run_main
 
 
 @dataclass
@@ -95,7 +94,7 @@ def read_arguments() -> argparse.Namespace:
 def run_stages(setting: Setting, only: list[str] | None, rounds: int | None) -> list[dict]:
     """Every stage's record, in order."""
     records = []
-    for name in (bar := tqdm(only or STAGES, desc="stages")):
+    for name in (bar := progress(only or STAGES, desc="stages")):
         bar.set_postfix_str(name)
         for contest in STAGES[name](setting):
             records.append({"name": name} | run_contest(contest, rounds or (2 if setting.quick else contest.rounds)))

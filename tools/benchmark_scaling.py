@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
 from configs.config import REPOSITORY, save_config
 from configs.errors import UserError
@@ -22,6 +21,7 @@ from manage.data import train_loader
 from manage.experiment import cores
 from tools.benchmark import cost_of, take_turns
 from tools.benchmark_stages import Setting, config_for, forward_backward, random_batch, training
+from utils.cli import progress
 from utils.decode import DECODERS
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES
@@ -49,7 +49,7 @@ def scaling_tables(setting: Setting) -> dict:
         "processes": f"Training epochs, crop {middle}, by processes that share {cores()} cores",
     }
     tables = {}
-    for name, measure in (bar := tqdm(jobs, desc="tables")):
+    for name, measure in (bar := progress(jobs, desc="tables")):
         bar.set_postfix_str(name)
         tables[name] = {"title": titles[name], "rows": measure()}
     for name, table in tables.items():

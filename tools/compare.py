@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
 from configs.config import DECODE_RULES
 from configs.errors import UserError
@@ -38,7 +37,7 @@ from manage.comparison import (
     points,
 )
 from manage.experiment import write_json
-from utils.cli import run_main
+from utils.cli import progress, run_main
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.resamples < 100:
         raise UserError(f"--resamples {arguments.resamples}: expected at least 100, for an interval")
-    bar = tqdm(arguments.experiments, desc="read", leave=False)
+    bar = progress(arguments.experiments, desc="read", leave=False)
     experiments = [load_experiment(name, arguments.evaluation, arguments.decode) for name in bar]
     comparison = compare(experiments, arguments.resamples)
     for line in [*_score_lines(comparison), *verdicts(comparison)]:

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict
 from configs.errors import UserError
@@ -32,7 +31,7 @@ from manage.data import read_split, train_loader
 from manage.diagnostics import Diagnosis
 from manage.experiment import write_json
 from manage.network import restore_network
-from utils.cli import run_main
+from utils.cli import progress, run_main
 from utils.dataset import Draw, mix
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
@@ -57,7 +56,7 @@ def main() -> None:
     extra = [arguments.criterion] if arguments.criterion else []
     criteria = {criterion_name(spec): spec for spec in (*STANDARD, *(p.config.criterion for p in points), *extra)}
     batches = read_views(points, arguments.photos, arguments.seed)
-    for point in tqdm(points, desc="checkpoints"):
+    for point in progress(points, desc="checkpoints"):
         point.measured = measure(point, batches, criteria)
     write(points, batches, arguments.seed, arguments.out)
 
@@ -122,7 +121,7 @@ def read_views(points: Sequence[Point], count: int, seed: int) -> list[tuple[Ten
     hierarchy = restore_network(load_checkpoint(points[0].path), str(points[0].path))[1]
     photos = train_loader(config, hierarchy, 0, 1)[0].dataset
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    samples = [photos[Draw(index, mix(seed, index))] for index in tqdm(order, desc="photos", leave=False)]
+    samples = [photos[Draw(index, mix(seed, index))] for index in progress(order, desc="photos", leave=False)]
     for sample in samples:
         if sample.fault:
             raise UserError(f"photo {read_split(config, 'train')[sample.index]!r}: {sample.fault}")

@@ -43,7 +43,7 @@ from manage.comparison import Experiment, compare, criterion_name, load_experime
 from manage.experiment import Lock, config_copy, cores, write_json
 from manage.tables import per_class
 from tools.compare import to_record, write_report
-from utils.cli import run_main
+from utils.cli import progress, run_main
 
 KEYS = {"checkpoint", "runs"}
 RUN_KEYS = {"name", "cfg", "overrides", "seeds"}
@@ -239,7 +239,7 @@ class Runner:
     def _watch(self, futures: Sequence) -> None:
         """A bar of epochs until all is done."""
         total = sum(run.config.n_epochs for run in self.runs)
-        with tqdm(total=total, desc="epochs", unit="epoch", initial=self._epochs_done()) as bar:
+        with progress(total=total, desc="epochs", unit="epoch", initial=self._epochs_done()) as bar:
             while wait(futures, timeout=2).not_done:
                 bar.n = self._epochs_done()
                 bar.refresh()

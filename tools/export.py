@@ -31,13 +31,12 @@ import torch
 import torch.fx.experimental._config as fx_config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from configs.config import DECODE_RULES
 from configs.errors import UserError
 from manage.experiment import write_json
 from manage.predictor import Predictor
-from utils.cli import run_main
+from utils.cli import progress, run_main
 from utils.decode import best_row, leaf_bias, leaf_scores
 from utils.images import PHOTO_SUFFIXES
 from utils.transforms import normalise
@@ -123,7 +122,7 @@ def open_onnx(path: Path) -> Program:
 def agreement(program: Program, predictor: Predictor, photos: Sequence[Path], dtype: torch.dtype, name: str) -> float:
     """Share of all pixels for which the program names the same leaf as `Predictor`, at the size the network sees."""
     same = total = 0
-    for path in tqdm(photos, desc=f"check {name}", unit="photo"):
+    for path in progress(photos, desc=f"check {name}", unit="photo"):
         photo = predictor.predict_file(path).photo  # at the checkpoint's short_side
         expected = torch.from_numpy(predictor.predict_as_is(photo).leaves)
         image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous()

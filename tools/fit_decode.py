@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.config import DECODE_RULES, Config, load_config
 from configs.errors import UserError
@@ -33,7 +32,7 @@ from manage.checkpoint import find_checkpoint, load_checkpoint, pack, save_check
 from manage.data import Tolerance, check_data, read_split, val_loader
 from manage.evaluation_manager import predictions
 from manage.network import check_same_network, load_hierarchy, restore_network
-from utils.cli import run_main
+from utils.cli import progress, run_main
 from utils.decode import best_row, leaf_scores
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
@@ -214,7 +213,7 @@ def main() -> None:
     trained_with, _, network = restore_network(state, str(path))
     config.short_side = trained_with.short_side
     loader, tolerance = val_loader(config, hierarchy, ids), Tolerance(config.skip_unreadable, ids)
-    with torch.inference_mode(), tqdm(total=len(loader), desc="predict", unit="photo") as bar:
+    with torch.inference_mode(), progress(total=len(loader), desc="predict", unit="photo") as bar:
         seen = predictions(network.to(device), loader, device, tolerance, config.amp, bar)
         parts = list(sample(seen, rule, hierarchy, arguments.seed))
     if len(parts) < 4:

@@ -34,7 +34,7 @@ from configs.config import DECODE_RULES
 from configs.errors import UserError
 from manage.predictor import Predictor, Result
 from utils import visualize
-from utils.cli import run_main
+from utils.cli import progress, run_main
 from utils.hierarchy import Hierarchy
 from utils.images import PHOTO_SUFFIXES, write_indexed
 
@@ -146,7 +146,7 @@ def main() -> int:
         output.check_new(names)
     output.start()
     faults = 0
-    for photo, name in tqdm(list(zip(photos, names, strict=True)), desc="predict", unit="photo"):
+    for photo, name in progress(list(zip(photos, names, strict=True)), desc="predict", unit="photo"):
         try:
             result = predictor.predict_file(photo, arguments.tta)
         except UserError as error:

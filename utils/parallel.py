@@ -7,9 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from configs.errors import UserError
+from utils.cli import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,14 +25,14 @@ def map_with_progress(
 
     Raises: UserError when a worker process was killed.
     """
-    progress = tqdm(total=len(items), desc=description, unit="file", disable=not items)
+    bar = progress(total=len(items), desc=description, unit="file", disable=not items)
     workers = min(workers or _available_cores(), len(items) // _WORTH_A_POOL)
     results = []
-    with progress:
+    with bar:
         if workers < 2:
             for item in items:
                 results.append(function(item))
-                progress.update()
+                bar.update()
             return results
         # Not fork: it copies locks that threads of torch or numpy may hold.
         # Not multiprocessing.Pool: it waits for ever for a worker that was killed.
@@ -42,7 +41,7 @@ def map_with_progress(
             with ProcessPoolExecutor(workers, mp_context=context) as pool:
                 for result in pool.map(function, items, chunksize=8):
                     results.append(result)
-                    progress.update()
+                    bar.update()
         except BrokenProcessPool:
             raise UserError(
                 f"{description}: a worker process was killed, perhaps for want of memory; free some, and run again"
