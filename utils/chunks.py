@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CPU_CHUNK = 2**18  # elements a thread: a few buffers of a megabyte fit the caches
+CPU_CHUNK = 2**19  # elements a thread: a few buffers of two megabytes fit the caches
 DEVICE_CHUNK = 2**22  # elements: few launches, yet small beside the logits
 
 # glibc gives freed memory back to the system and takes it anew for every block larger than the largest yet freed:

@@ -193,6 +193,12 @@ class Hierarchy:
         """Ids of the leaves. Shape: (leaves,) int64."""
         return self.cached("leaf_index", device, torch.int64, lambda: torch.tensor(self.leaves))
 
+    def is_leaf(self, device: torch.device | str) -> Tensor:
+        """Shape: (N + 1,) bool; void is none."""
+        return self.cached(
+            "is_leaf", device, torch.bool, lambda: torch.tensor([not c for c in self.children] + [False])
+        )
+
     def edge_index(self, device: torch.device | str) -> Tensor:
         """Row 0 the parents, row 1 the children, in the order of `edges`. Shape: (2, E) int64."""
         return self.cached(
@@ -262,6 +268,14 @@ class Hierarchy:
         place = {v: row for row, v in enumerate(self.breadth_first)}
         parents = [v for v in self.breadth_first if self.children[v]]
         return tuple((place[v], slice(place[self.children[v][0]], place[self.children[v][-1]] + 1)) for v in parents)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[slice, slice], ...]:
+        """(ids, rows of `breadth_first`) where consecutive rows hold consecutive ids: few where ids follow the tree."""
+        order = self.breadth_first
+        starts = [row for row in range(len(order)) if row == 0 or order[row] != order[row - 1] + 1]
+        ends = [*starts[1:], len(order)]
+        return tuple((slice(order[a], order[a] + b - a), slice(a, b)) for a, b in zip(starts, ends, strict=True))
 
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:

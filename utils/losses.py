@@ -77,23 +77,29 @@ class Chunk:
         table, index = table.expand(len(self.index), -1, -1), self.index.unsqueeze(1).expand(self.logits.shape)
         return torch.gather(table, 2, index, out=self.buffer("wrong"))
 
+    @cached_property
+    def may_have_unknown(self) -> bool:
+        """Whether a label may be void or an inner node. On a GPU, which would stall to tell: yes."""
+        if self.index.device.type != "cpu":
+            return True
+        return not bool(self.h.is_leaf(self.index.device).take(self.index).all())
+
     def wrongness(self) -> Tensor:
         """(K, N, P), breadth first, of the nodes' own logits; the caller's to overwrite."""
-        result, logits = self.buffer("wrongness"), self.logits.unbind(1)
-        for v, wrong, row in zip(self.h.breadth_first, self.wrong.unbind(1), result.unbind(1), strict=True):
-            torch.mul(logits[v], wrong, out=row)
+        result = self.buffer("wrongness")
+        for ids, rows in self.h.runs:
+            torch.mul(self.logits[:, ids], self.wrong[:, rows], out=result[:, rows])
         return result
 
     def add_gradient(self, slope: Tensor, weight: float) -> None:
         """Adds a gradient by wrongness to that by the logits. Shape: (K, N, P), breadth first. Overwrites `slope`."""
         if weight != 1:
             slope.mul_(weight)
-        grad = self.grad.unbind(1)
-        for v, wrong, row in zip(self.h.breadth_first, self.wrong.unbind(1), slope.unbind(1), strict=True):
+        for ids, rows in self.h.runs:
             if self.is_first:
-                torch.mul(row, wrong, out=grad[v])
+                torch.mul(slope[:, rows], self.wrong[:, rows], out=self.grad[:, ids])
             else:
-                grad[v].addcmul_(row, wrong)
+                self.grad[:, ids].addcmul_(slope[:, rows], self.wrong[:, rows])
         self.is_first = False
 
 
@@ -131,7 +137,9 @@ def _softplus_sum(wrongness: Tensor, slope: Tensor, chunk: Chunk) -> Tensor:
     """
     other = torch.sub(1, slope, out=chunk.buffer("other"))
     e = torch.minimum(slope, other, out=chunk.buffer("product"))
-    e.div_(torch.maximum(slope, other, out=other)).mul_(chunk.wrong).mul_(chunk.wrong)
+    e.div_(torch.maximum(slope, other, out=other))
+    if chunk.may_have_unknown:
+        e.mul_(chunk.wrong).mul_(chunk.wrong)
     total = torch.clamp(wrongness, min=0, out=other).sum()
     for rows in e.split(PRODUCT_ROWS, dim=1):
         while (count := rows.shape[1]) > 1:
