@@ -4,6 +4,8 @@ python tools/benchmark.py --only bce tree_min
 """
 
 import argparse
+import copy
+import dataclasses
 import gc
 import shutil
 import subprocess
@@ -69,7 +71,7 @@ class Setting:
     @property
     def photos(self) -> tuple[int, int]:
         """How many for training and for evaluation."""
-        return (6, 4) if self.quick else (24, 40)
+        return (6, 4) if self.quick else (24, 200)
 
     @property
     def photo_size(self) -> int:
@@ -329,6 +331,23 @@ def epoch_stage(setting: Setting) -> Iterator[Contest]:
         )
 
 
+def amp_stage(setting: Setting) -> Iterator[Contest]:
+    """What `amp: bf16` brings on this machine; a CPU without instructions for it loses."""
+    yield from (amp_contest(setting, crop) for crop in setting.crops)
+
+
+def amp_contest(setting: Setting, crop: int) -> Contest:
+    plain, batch = training(setting, crop, channels_last=True)
+    mixed, _ = training(setting, crop, channels_last=True, amp="bf16")
+    return Contest(
+        f"a training step, crop {crop}, batch {setting.batch}, `channels_last` and `amp: bf16`",
+        "the same in float32",
+        lambda: plain.train_step(batch) is None or None,
+        lambda: mixed.train_step(batch) is None or None,
+        close=lambda: (plain._close(), mixed._close()),
+    )
+
+
 def step_flops(manager: TrainManager, crop: int) -> int:
     """Of forward and backward of one batch."""
     images = torch.randn(manager.config.batch_size, 3, crop, crop, device=manager.device)
@@ -390,6 +409,7 @@ def peak_memory_of(which: str, setting: Setting) -> int:
 
 # --- evaluation ---
 def evaluation_stage(setting: Setting) -> Iterator[Contest]:
+    """As it comes, and with the network in bf16, which changes a few pixels in a thousand."""
     h = setting.hierarchy
     config = config_for(setting, "evaluated")
     torch.manual_seed(0)
@@ -398,29 +418,30 @@ def evaluation_stage(setting: Setting) -> Iterator[Contest]:
     config.checkpoints_dir.mkdir(parents=True)
     save_checkpoint(pack(state), config.checkpoints_dir / "best.pt")
     network = network.to(setting.device).eval()
-    ids = read_ids(config.ids_file("val"))
-    files = find_samples(ids, config.images_dir, config.labels_dir)
+    ours = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    files = find_samples(read_ids(config.ids_file("val")), config.images_dir, config.labels_dir)
     images = [torch.from_numpy(np.array(Image.open(f.photo).convert("RGB"))).permute(2, 0, 1) for f in files]
 
-    def ours() -> None:
+    def evaluate(amp: str) -> None:
         shutil.rmtree(config.experiment_dir / "evaluation", ignore_errors=True)
         with quiet():
-            EvaluationManager(config, EvaluationOptions("best")).run()
+            EvaluationManager(dataclasses.replace(config, amp=amp), EvaluationOptions("best")).run()
 
-    def bound() -> None:
+    def forward(amp: str) -> None:
         for image in images:
-            photo_logits(network, image.to(setting.device), tuple(image.shape[1:]))
+            photo_logits(ours, image.to(setting.device), tuple(image.shape[1:]), amp)
 
-    yield Contest(
-        f"evaluate {len(files)} photos with pictures",
-        "one after the other, plain scores, pictures written in line",
-        lambda: plain_evaluation(network, files, setting),
-        ours,
-        target=1.7,
-        bound_title="forward alone",
-        bound=bound,
-        rounds=3,
-    )
+    for amp, words in (("off", ""), ("bf16", ", `amp: bf16`")):
+        yield Contest(
+            f"evaluate {len(files)} photos with pictures{words}",
+            "one after the other, plain scores, pictures written in line",
+            lambda: plain_evaluation(network, files, setting),
+            lambda amp=amp: evaluate(amp),
+            target=1.7,
+            bound_title="forward alone",
+            bound=lambda amp=amp: forward(amp),
+            rounds=3,
+        )
 
 
 @torch.inference_mode()
@@ -524,6 +545,7 @@ STAGES: dict[str, Callable[[Setting], Iterator[Contest]]] = {
     "tree_min": tree_min_stage,
     "scores": scores_stage,
     "epoch": epoch_stage,
+    "amp": amp_stage,
     "evaluation": evaluation_stage,
     "memory": memory_stage,
     "network": network_stage,
