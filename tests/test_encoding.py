@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,33 @@ def test_a_mask_that_is_gone_goes_from_the_encoding(folder, tree):
     (folder / "gt_masks" / "a.png").unlink()
     assert encode(folder, tree)[0].ids == {"b"}
     assert not (folder / "hie" / "a.png").exists()
+
+
+@pytest.mark.parametrize("changes", [{"name": "other"}, {"ignore_index": 254}])
+def test_a_mask_that_is_gone_goes_from_the_encoding_of_another_tree(folder, tree, changes):
+    encode(folder, tree)
+    (folder / "gt_masks" / "a.png").unlink()
+    assert encode(folder, changed_tree(tree, **changes))[0].ids == {"b"}
+    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["b.png", RECORD]
+    assert not (folder / "hie.old1").exists(), "nothing of unknown origin"
+
+
+def test_pngs_that_no_run_lists_are_moved_aside_whole(folder, tree, capsys):
+    """One with the id of a mask, which would be overwritten, and one without."""
+    encode(folder, tree)
+    write_mask(folder, "c", LABELS["a"])
+    shutil.copy(folder / "JPEGImages" / "a.jpg", folder / "JPEGImages" / "c.jpg")
+    for name in ("c.png", "legend.png"):
+        (folder / "hie" / name).write_bytes(b"mine")
+    (folder / "hie.old1").mkdir()
+    assert encode(folder, tree)[1] == 1
+    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", "b.png", "c.png", RECORD]
+    assert (read_labels(folder / "hie" / "c.png") == LABELS["a"]).all()
+    for name in ("c.png", "legend.png"):
+        assert (folder / "hie.old2" / name).read_bytes() == b"mine"
+    assert f"2 PNGs that its {RECORD} does not list" in capsys.readouterr().err
+    assert encode(folder, tree)[1] == 0
+    assert "does not list" not in capsys.readouterr().err
 
 
 def test_other_colours_colour_every_file_again(folder, tree):
@@ -238,6 +266,17 @@ def test_killed_over_an_earlier_encoding_the_earlier_one_or_none_is_there(folder
     encoding, _ = encode(folder, tree)
     assert encoding.ignored == 0, "the new mask has no void pixel"
     assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", "b.png", RECORD]
+
+
+@pytest.mark.parametrize("point", PUBLISHING)
+def test_a_mask_that_went_after_a_killed_publish_leaves_no_label_map(folder, tree, kill, point):
+    encode(folder, tree)
+    write_mask(folder, "a", np.zeros((2, 4), np.uint8))
+    kill(point)
+    (folder / "gt_masks" / "b.npy").unlink()
+    assert encode(folder, tree)[0].ids == {"a"}
+    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", RECORD]
+    assert (read_labels(folder / "hie.old1" / "b.png") == LABELS["b"]).all(), "kept: its origin is not known"
 
 
 def die_at_seven(item: int) -> int:

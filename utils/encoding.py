@@ -8,6 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,6 +123,9 @@ def check_classes(order: dict[int, str], hierarchy: "Hierarchy", source: str | P
 def encode_folder(masks_dir: Path, photos_dir: Path, save_dir: Path, hierarchy: "Hierarchy") -> tuple[Encoding, int]:
     """Encodes all masks of a folder; returns the encoding and how many files were new or changed.
 
+    Afterwards `save_dir` holds the label maps of these masks and no other PNG: maps of masks that are gone are
+    deleted, PNGs of unknown origin are moved aside.
+
     Raises: UserError listing every faulty mask, and then nothing in `save_dir` has changed.
     """
     if hierarchy.num_nodes > LABELS or hierarchy.ignore_index >= LABELS:
@@ -129,10 +134,10 @@ def encode_folder(masks_dir: Path, photos_dir: Path, save_dir: Path, hierarchy: 
     if not photos_dir.is_dir():
         raise UserError(f"the folder of photos {photos_dir} does not exist; masks are checked against their photos")
     made_it = not save_dir.exists()
-    old = _old_records(save_dir, hierarchy)
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
         with _staging_folder(save_dir) as staging:
+            old, known = _last_run(save_dir, hierarchy)
             rules = Rules(
                 tree=hierarchy.name,
                 allowed=(*range(hierarchy.num_nodes), hierarchy.ignore_index),
@@ -146,7 +151,7 @@ def encode_folder(masks_dir: Path, photos_dir: Path, save_dir: Path, hierarchy: 
             if faults := [outcome.fault for outcome in outcomes if outcome.fault]:
                 raise UserError(_all_faults(faults, len(masks)))
             records = {outcome.sample_id: outcome.record for outcome in outcomes}
-            changed = _publish(records, old, staging, save_dir, hierarchy)
+            changed = _publish(records, old, known, staging, save_dir, hierarchy)
     except OSError as error:
         raise UserError(f"cannot write the encoded masks to {save_dir}: {error.strerror or error}") from error
     finally:
@@ -241,14 +246,14 @@ def _sha256(path: Path) -> str:
 # ---- the whole folder --------------------------------------------------------------------------------------
 
 
-def _old_records(save_dir: Path, hierarchy: "Hierarchy") -> dict[str, Any]:
-    """Id -> record of the last run; none where it used another tree or other colours."""
+def _last_run(save_dir: Path, hierarchy: "Hierarchy") -> tuple[dict[str, Any], frozenset[str]]:
+    """Id -> record, none where the last run used another tree or other colours; and the ids of all its maps."""
     try:
         record = json.loads((save_dir / RECORD).read_text(encoding="utf-8"))
         same = record["format"] == FORMAT and record["hierarchy"] == hierarchy.to_dict()
-        return record["files"] if same else {}
+        return record["files"] if same else {}, frozenset(record["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+        return {}, frozenset()
 
 
 @contextlib.contextmanager
@@ -285,22 +290,48 @@ def _clear(staging: Path) -> None:
 
 
 def _publish(
-    records: dict[str, Any], old: dict[str, Any], staging: Path, save_dir: Path, hierarchy: "Hierarchy"
+    records: dict[str, Any],
+    old: dict[str, Any],
+    known: frozenset[str],
+    staging: Path,
+    save_dir: Path,
+    hierarchy: "Hierarchy",
 ) -> int:
-    """Moves the new files to their place and writes encoding.json; returns how many files were new."""
+    """Moves the new files to their place and writes encoding.json; returns how many files were new.
+
+    `known` are the ids that the last run wrote; other PNGs are of a killed run or of the user, and kept.
+    """
     fresh = sorted(staging.glob("*.png"))
-    gone = set(old) - set(records)
+    present = [path for path in save_dir.glob("*.png") if path.name[0] != "."]
+    if unknown := [path for path in present if path.stem not in known]:
+        _move_aside(unknown, save_dir.resolve())
     if records == old and not fresh:
         return 0
     (save_dir / RECORD).unlink(missing_ok=True)  # from here on the folder is a mixture
     for path in fresh:
         os.replace(path, save_dir / path.name)
-    for sample_id in gone:
-        (save_dir / f"{sample_id}.png").unlink(missing_ok=True)
+    for path in present:
+        if path.stem not in records:
+            path.unlink(missing_ok=True)
     partial_record = staging / RECORD
     partial_record.write_text(_to_json(records, hierarchy), encoding="utf-8")
     os.replace(partial_record, save_dir / RECORD)
     return len(fresh)
+
+
+def _move_aside(files: Sequence[Path], save_dir: Path) -> None:
+    """Moves files into a new folder beside `save_dir`, and says so."""
+    number = 1
+    while (aside := save_dir.with_name(f"{save_dir.name}.old{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        shutil.move(path, aside / path.name)
+    print(
+        f"{save_dir} held {len(files)} PNGs that its {RECORD} does not list (the first: {files[0].name}), "
+        f"of a killed run or of yours; moved to {aside}",
+        file=sys.stderr,
+    )
 
 
 def _to_json(records: dict[str, Any], hierarchy: "Hierarchy") -> str:
