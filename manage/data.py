@@ -36,8 +36,17 @@ def check_data(config: Config, hierarchy: Hierarchy) -> Encoding:
     if not config.images_dir.is_dir():
         raise UserError(f"key 'img_dir': {config.images_dir} is not there; expected a folder of photos")
     encoding = load_encoding(config.labels_dir, hierarchy)
+    ids = {split: read_split(config, split) for split in ("train", "val")}
+    for split, listed in ids.items():
+        unknown = [sample_id for sample_id in listed if sample_id not in encoding.ids]
+        if unknown:
+            raise UserError(
+                f"{config.ids_file(split)}: {len(unknown)} of {len(listed)} ids (the first: {unknown[0]}) had no mask "
+                f"when {config.labels_dir} was encoded. Add their masks and encode again: "
+                "python tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the list"
+            )
     if config.ids_file("train") != config.ids_file("val"):
-        shared = sorted(set(read_split(config, "train")) & set(read_split(config, "val")))
+        shared = sorted(set(ids["train"]) & set(ids["val"]))
         if shared:
             raise UserError(
                 f"{len(shared)} ids are in both {config.ids_file('train')} and {config.ids_file('val')} (the first: "

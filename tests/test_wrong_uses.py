@@ -103,6 +103,18 @@ def test_masks_that_are_not_encoded_say_what_to_run(keys, tmp_path):
     refused(train(keys), "gt_masks_hie", "dataset_hie_enc")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_that_the_encoding_does_not_list_is_refused_though_there_is_a_label_map(keys, tmp_path, split):
+    data = tmp_path / "data"
+    for name in ("JPEGImages/{}.jpg", "gt_masks_hie/{}.png"):
+        shutil.copy(data / name.format("p00"), data / name.format("stale"))
+    ids = data / f"{split}_id.txt"
+    ids.write_text(ids.read_text() + "stale\n")
+    refused(train(keys), f"{split}_id.txt: 1 of ", "first: stale", "gt_masks_hie", "encode again", "dataset_hie_enc")
+    first = {"train": 4, "val": 2}[split]
+    assert TrainManager(Config(**(keys | {f"n_{split}_photos": first}))).run() == 0, "it is not among the first"
+
+
 @pytest.mark.parametrize(
     ("ids", "part"), [("", "empty"), ("../x\n", "line 1"), ("p00\np00\n", "line 2"), ("p04\np00\n", "both")]
 )
