@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes the Python environment hseg_env: with conda where there is conda, else as a venv in the repository.
+# Makes the Python environment hseg_env in the repository: with conda where there is conda, else as a venv.
 #
 #   bash scripts/create_hseg_env.sh          # what training and evaluation need
 #   bash scripts/create_hseg_env.sh --dev    # and the tests and ruff
 #
 # A second call is quick: it installs only when the requirements have changed. HSEG_NO_CONDA=1 keeps conda out of
 # it; PYTHON=python3.12 names the Python of the venv. The last line of the output is the environment's python.
+# To use either kind in a shell: export PATH="$PWD/hseg_env/bin:$PATH"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +16,7 @@ requirements=(requirements.txt)
 case "${1:-}" in
     "") ;;
     --dev) requirements=(requirements.txt requirements-tools.txt requirements-dev.txt) ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument $1; the only one is --dev" ;;
 esac
 
@@ -29,17 +30,17 @@ find_python() {
     fail "found no Python 3.10 to 3.13 (python3 is $(python3 -V 2>&1 || true)); install one, or name it: PYTHON=/path/to/python bash $0"
 }
 
+env=$PWD/hseg_env
+
 make_with_conda() {
-    env=$(conda info --base)/envs/hseg_env
     if [ ! -x "$env/bin/python" ]; then
-        echo "creating the conda environment hseg_env" >&2
-        conda create --yes --quiet --name hseg_env python=3.12 >&2 ||
-            fail "conda could not create hseg_env; HSEG_NO_CONDA=1 makes a venv instead"
+        echo "creating the conda environment $env" >&2
+        conda create --yes --quiet --prefix "$env" python=3.12 pip >&2 ||
+            fail "conda could not create $env; HSEG_NO_CONDA=1 makes a venv instead"
     fi
 }
 
 make_with_venv() {
-    env=$PWD/hseg_env
     if [ ! -x "$env/bin/python" ] || ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
         local python; python=$(find_python)
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
