@@ -97,7 +97,7 @@ class Predictor:
         return self._predict(photo, size, tta)
 
     def predict_file(self, path: str | Path, tta: bool = False) -> Result:
-        """Predicts a photo file, read exactly as evaluate.py reads it.
+        """Predicts a photo file, read exactly as evaluate.py reads it, but that a slim photo is never enlarged.
 
         Raises: UserError for a file that cannot be read.
         """

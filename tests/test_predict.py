@@ -19,7 +19,7 @@ from manage.predictor import Predictor
 from models.hseg import HSEG
 from tools import predict
 from utils.decode import DECODERS
-from utils.images import read_labels
+from utils.images import read_labels, read_photo
 
 REPO = Path(__file__).resolve().parents[1]
 SLIM = [8, 8, 8, 8, 8]
@@ -127,6 +127,19 @@ def test_the_short_side_of_training_is_used_but_a_slim_photo_is_not_blown_up(tmp
     assert predictor(noise(200, 100)).photo.size == (128, 64)
     assert predictor(noise(200, 100)).leaves.shape == (100, 200)
     assert predictor(noise(300, 3)).photo.size == (300, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side"),
+    [((300, 150), 64), ((60, 30), 64), ((400, 50), 64), ((900, 100), 64), ((401, 50), None)],
+    ids=["larger", "smaller", "8:1", "slim and larger", "slim and smaller"],
+)
+def test_a_file_is_read_as_evaluation_reads_it_unless_it_is_slim_and_small(tmp_path, tree, size, short_side):
+    """A JPEG, which decodes smaller at once, so that reading and then resizing would give other pixels."""
+    predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
+    noise(*size).save(tmp_path / "photo.jpg")
+    seen = predictor.predict_file(tmp_path / "photo.jpg").photo
+    assert np.array_equal(np.array(seen), np.array(read_photo(tmp_path / "photo.jpg", short_side)))
 
 
 def test_an_unknown_rule_is_refused(checkpoint):
