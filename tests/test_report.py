@@ -13,7 +13,7 @@ from manage import report
 from manage.tables import summary
 from utils.decode import DECODERS
 from utils.hierarchy import Hierarchy
-from utils.metrics import LevelScores, photo_iou
+from utils.metrics import LevelScores, scores_from_confusion
 
 EVIL = "</script><script>window.hacked = 1</script>"
 IMAGE = "<img src=x onerror='window.hacked = 2'>"
@@ -130,7 +130,8 @@ def test_a_photo_is_sorted_by_the_scores_of_the_metric(h):
     labels, logits = draw(2, h)
     matrix = LevelScores(h).update(DECODERS["logit_sum"](logits[None], h), labels[None])
     line = report.photo_line("a", matrix.numpy(), 0.25, h)
-    assert line["mIoU"] == pytest.approx(photo_iou(matrix, h), abs=1e-5)
+    scores = scores_from_confusion(matrix, h)
+    assert line["mIoU"] == pytest.approx([scores[f"mIoU{level + 1}"] for level in range(h.num_levels)], abs=1e-5)
 
 
 def test_classes_of_a_photo_are_those_in_truth_and_prediction(h):

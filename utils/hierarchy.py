@@ -209,12 +209,6 @@ class Hierarchy:
         """`breadth_first`. Shape: (N,) int64."""
         return self.cached("breadth_first", device, torch.int64, lambda: torch.tensor(self.breadth_first))
 
-    def breadth_first_place(self, device: torch.device | str) -> Tensor:
-        """Where `breadth_first` has each node: its inverse. Shape: (N,) int64."""
-        return self.cached(
-            "breadth_first_place", device, torch.int64, lambda: torch.tensor(self.breadth_first).argsort()
-        )
-
     def cached(
         self, key: Hashable, device: torch.device | str, dtype: torch.dtype, make: Callable[[], Tensor]
     ) -> Tensor:

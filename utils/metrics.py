@@ -95,15 +95,6 @@ def _ious(counts: Tensor) -> list[float | None]:
     return [hit / union if union else None for hit, union in zip(hits.tolist(), unions.tolist(), strict=True)]
 
 
-def photo_iou(matrix: Tensor, h: Hierarchy) -> list[float | None]:
-    """mIoU without background of each level, from one photo's matrix: for sorting and for bootstraps."""
-    means = []
-    for counts, classes in zip(level_confusions(matrix, h), h.level_classes, strict=True):
-        ious = zip(classes, _ious(counts), strict=True)
-        means.append(_mean(iou for v, iou in ious if v not in h.background))
-    return means
-
-
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
@@ -137,25 +128,9 @@ class LevelScores:
         pairs = pixels * len(self.h.edges)
         return scores_from_confusion(self.matrix, self.h) | {"violation_rate": violated / pairs if pairs else None}
 
-    def reset(self) -> None:
-        for counts in self.tensors():
-            counts.zero_()
-
-    def merge(self, other: "LevelScores") -> None:
-        """Adds the counts of another meter."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine += theirs.to(mine.device)
-
     def tensors(self) -> list[Tensor]:
         """The counts themselves, int64: several processes sum them in place with all_reduce."""
         return [self.matrix, self.violations]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"matrix": self.matrix.clone(), "violations": self.violations.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.matrix.copy_(state["matrix"])
-        self.violations.copy_(state["violations"])
 
 
 @torch.no_grad()
