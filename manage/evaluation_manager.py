@@ -1,5 +1,6 @@
 """Evaluation: whole photos at native size, one pass, every level; scores, tables and pictures."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,16 @@ def _panel(prediction: Prediction, leaves: Tensor, hierarchy: Hierarchy) -> np.n
 
 
 # --- evaluate.py ---
+def checkpoint_digest(path: Path) -> str | None:
+    """The SHA-256 that a checkpoint ends with; None where there is no such file, or none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-64, os.SEEK_END)
+            return file.read().decode("ascii", "replace")
+    except OSError:
+        return None
+
+
 @dataclass
 class EvaluationOptions:
     """The command line of evaluate.py: checkpoint name, number of photos, decoding rule, whether to draw."""
@@ -145,6 +156,7 @@ class EvaluationManager:
         if options.limit is not None and options.limit < 1:
             raise UserError(f"--limit {options.limit}: expected at least 1 photo")
         self.checkpoint = find_checkpoint(name, config.checkpoints_dir, config.root)
+        self.digest = checkpoint_digest(self.checkpoint)  # first: if a training replaces it now, the two do not match
         state = load_checkpoint(self.checkpoint)
         check_same_network(config, hierarchy, state, str(self.checkpoint))
         trained_with, self.hierarchy, network = restore_network(state, str(self.checkpoint))
@@ -228,6 +240,7 @@ class EvaluationManager:
         first = self.rules[0]
         record = {
             "checkpoint": self.checkpoint.name,
+            "checkpoint_sha256": self.digest,
             "epoch": self.epoch,
             "decode": first,
             "root_bias": self.config.root_bias if first == self.config.decode else {},

@@ -12,6 +12,8 @@ import pytest
 
 from configs.config import DECODE_RULES, load_config
 from configs.errors import UserError
+from manage.checkpoint import pack, save_checkpoint
+from manage.evaluation_manager import checkpoint_digest
 from tests.factory import REPO, make_data, write_config
 from tests.test_compare import fake_experiment
 from tools import experiment as tool
@@ -163,6 +165,62 @@ def test_a_last_checkpoint_older_than_the_kept_one_means_not_trained(tmp_path: P
         (folder / f"{name}.pt").touch()
         os.utime(folder / f"{name}.pt", (time.time() - age, time.time() - age))
     assert not runs[0].is_trained
+
+
+def rescore(run: Run, evaluation: str, **changes) -> None:
+    """Moves the scores of `best` to another evaluation, with other values in scores.json."""
+    folder = run.config.experiment_dir / "evaluation"
+    (folder / "best").rename(folder / evaluation)
+    path = folder / evaluation / "scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def train(run: Run, tree: Hierarchy, best_epoch: int) -> None:
+    """The checkpoints of a finished run of three epochs."""
+    folder = run.config.checkpoints_dir
+    folder.mkdir(exist_ok=True)
+    for name, epoch in (("best", best_epoch), ("checkpoint_2", 2), ("checkpoint_3", 3), ("last", 3)):
+        state = {"model": {}, "config": run.config.to_dict(), "tree": tree.to_dict(), "epoch": epoch}
+        save_checkpoint(pack(state), folder / f"{name}.pt")
+
+
+def test_scores_of_a_numbered_checkpoint_are_final_once_the_run_is_trained(tmp_path: Path, tree: Hierarchy) -> None:
+    _, (run,) = read_runs(fake_run(tmp_path, tree, [0]))
+    rescore(run, "checkpoint_2", epoch=2)
+    assert run.evaluation("checkpoint_2") is None  # its curves and its time still grow
+    train(run, tree, best_epoch=3)
+    assert run.evaluation("checkpoint_2") is not None
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_scores_of_an_earlier_best_checkpoint_are_not_final(tmp_path: Path, tree: Hierarchy, has_digest: bool) -> None:
+    _, (run,) = read_runs(fake_run(tmp_path, tree, [0]))
+    train(run, tree, best_epoch=1)
+    digest = {"checkpoint_sha256": checkpoint_digest(run.config.checkpoints_dir / "best.pt")} if has_digest else {}
+    rescore(run, "best", epoch=1, **digest)
+    assert run.evaluation("best") is not None
+    train(run, tree, best_epoch=2)
+    assert run.evaluation("best") is None
+
+
+def test_scores_of_another_root_bias_are_not_final(tmp_path: Path, tree: Hierarchy) -> None:
+    path = fake_run(tmp_path, tree, [0])
+    assert read_runs(path)[1][0].evaluation("best") is not None
+    content = json.loads(path.read_text())
+    content["runs"][0]["overrides"]["root_bias"] = {"body": 0.5}
+    path.write_text(json.dumps(content))
+    run = read_runs(path)[1][0]
+    assert run.evaluation("best") is None
+    rescore(run, "best", root_bias={"body": 0.5})
+    assert run.evaluation("best") is not None
+
+
+def test_a_checkpoint_that_no_run_keeps_is_refused(tmp_path: Path) -> None:
+    overrides = {"root_dir": str(tmp_path), "n_epochs": 6, "save_epoch": 2, "keep": 2}
+    for name in ("checkpoint_2", "checkpoint_5", "checkpoint_8"):
+        with pytest.raises(UserError, match=f"{name}', but trial_bce_seed0 ends with checkpoint_4, checkpoint_6"):
+            read_runs(write_runs(tmp_path, entry(tmp_path, overrides=overrides), checkpoint=name))
+    read_runs(write_runs(tmp_path, entry(tmp_path, overrides=overrides), checkpoint="checkpoint_4"))
 
 
 HOLD = """

@@ -11,8 +11,9 @@ FILE:  {"checkpoint": "last",
         "runs": [{"name": "bce", "cfg": "configs/pascal_part_cpu.json", "overrides": {"criterion": "bce"},
                   "seeds": [0, 1, 2]}]}
 
-Run bce of seed 0 in losses_cpu.json is the experiment losses_cpu_bce_seed0. "checkpoint" is what is scored; "best"
-is chosen by its score on the val photos, "last" (the default) is not.
+Run bce of seed 0 in losses_cpu.json is the experiment losses_cpu_bce_seed0. "checkpoint" is what is scored: "best"
+is chosen by its score on the val photos, "last" (the default) and "checkpoint_<epoch>" are not. A run is finished
+when it is trained and scored at that checkpoint as it is on disk, with its config's decode and root_bias.
 """
 
 import argparse
@@ -39,7 +40,9 @@ from tqdm import tqdm
 from configs.config import REPOSITORY, RESUMABLE_CHANGES, TYPES, Config, config_from_dict, differences, load_config
 from configs.config import read_json as read_strictly
 from configs.errors import UserError
+from manage.checkpoint import load_checkpoint
 from manage.comparison import Experiment, compare, criterion_name, load_experiment
+from manage.evaluation_manager import checkpoint_digest
 from manage.experiment import Lock, config_copy, cores, write_json
 from manage.tables import per_class
 from tools.compare import to_record, write_report
@@ -118,13 +121,34 @@ class Run:
         return False
 
     def evaluation(self, checkpoint: str) -> Experiment | None:
-        """Its scores; None unless they are whole and of the finished run."""
+        """Its scores; None unless they are whole, of the finished run, and decoded as its config says now."""
         try:
             experiment = load_experiment(self.config.experiment_dir, checkpoint)
         except UserError:
             return None
-        is_final = experiment.record["epoch"] == self.config.n_epochs or (checkpoint == "best" and self.is_trained)
-        return experiment if is_final and experiment.rule == self.config.decode else None
+        decoding = (experiment.rule, experiment.config["root_bias"])
+        is_wanted = decoding == (self.config.decode, self.config.root_bias)
+        return experiment if is_wanted and self._is_final(experiment.record, checkpoint) else None
+
+    def _is_final(self, record: dict[str, Any], checkpoint: str) -> bool:
+        """Whether scores.json is about the checkpoint as the finished run left it."""
+        path, last, epoch = self.config.checkpoints_dir / f"{checkpoint}.pt", self.config.n_epochs, record["epoch"]
+        expected = {"best": epoch, "last": last, f"checkpoint_{epoch}": epoch}.get(checkpoint)
+        if epoch != expected or not (epoch == last or self.is_trained):
+            return False
+        scored, on_disk = record.get("checkpoint_sha256"), checkpoint_digest(path)
+        if scored and on_disk:
+            return scored == on_disk
+        # older scores hold no digest: of all checkpoints, only the best is written at more than one epoch
+        return checkpoint != "best" or epoch in (last, _epoch_of(path))
+
+
+def _epoch_of(checkpoint: Path) -> int | None:
+    """None where it is missing or damaged."""
+    try:
+        return load_checkpoint(checkpoint)["epoch"]
+    except UserError:
+        return None
 
 
 def read_runs(path: Path) -> tuple[str, list[Run]]:
@@ -146,6 +170,7 @@ def read_runs(path: Path) -> tuple[str, list[Run]]:
         if names.count(name) > 1:
             raise UserError(f"{path}: two runs are called {name!r}; give each its own 'name'")
     for run in runs:
+        _check_is_kept(checkpoint, run, path)
         _check_same_config(run)
     return checkpoint, runs
 
@@ -174,6 +199,18 @@ def _read_entry(path: Path, entry: Any, where: str) -> list[Run]:
         own = overrides | {"exp_name": f"{path.stem}_{name}_seed{seed}", "seed": seed}
         runs.append(Run(name, cfg, own, config_from_dict(values | own, f"{where}, {cfg} with its overrides")))
     return runs
+
+
+def _check_is_kept(checkpoint: str, run: Run, path: Path) -> None:
+    """Raises: UserError for a numbered checkpoint that the run will not have when it ends."""
+    config = run.config
+    saved = [n for n in range(1, config.n_epochs + 1) if n % config.save_epoch == 0 or n == config.n_epochs]
+    kept = [f"checkpoint_{number}" for number in saved[-config.keep :]]
+    if checkpoint not in ("best", "last", *kept) and not (config.checkpoints_dir / f"{checkpoint}.pt").is_file():
+        raise UserError(
+            f"{path}: 'checkpoint' is {checkpoint!r}, but {config.exp_name} ends with {', '.join(kept)} (n_epochs "
+            f"{config.n_epochs}, save_epoch {config.save_epoch}, keep {config.keep}); name one of them, or best or last"
+        )
 
 
 def _check_same_config(run: Run) -> None:
