@@ -163,17 +163,23 @@ class Comparison:
 def load_experiment(name: str | Path, evaluation: str = "best", rule: str | None = None) -> Experiment:
     """An experiment by folder, or by name under experiments/; `rule` None: as it was evaluated.
 
-    Raises: UserError for a folder that is no experiment, an evaluation that is missing or damaged.
+    Raises: UserError for a folder that is no experiment, an evaluation that is missing, damaged or of another one.
     """
     folder = _find_folder(name)
     scored = folder / "evaluation" / evaluation
+    config = folder / "configs" / f"{folder.name}.json"
+    command = f"python evaluate.py --cfg {config} --checkpoint {evaluation} --decode all --no-pictures"
     if not (scored / "scores.json").is_file() or not (scored / "photos.npz").is_file():
-        config = folder / "configs" / f"{folder.name}.json"
         raise UserError(
-            f"{folder}: has no evaluation {evaluation!r}{_listing(folder / 'evaluation')}. Make it: "
-            f"python evaluate.py --cfg {config} --checkpoint {evaluation} --decode all --no-pictures"
+            f"{folder}: has no evaluation {evaluation!r}{_listing(folder / 'evaluation')}. Make it: {command}"
         )
     record = _read_json(scored / "scores.json")
+    owner = record["config"]["exp_name"]
+    if not config.with_name(f"{owner}.json").is_file():  # the folder itself may have been renamed
+        raise UserError(
+            f"{scored}: holds the scores of a checkpoint of {owner!r}, not of {folder.name!r}; compare {owner!r} "
+            f"itself, or score a checkpoint of {folder.name!r}: {command}"
+        )
     rule = rule or record["decode"]
     ids, matrices = _read_photos(scored / "photos.npz", rule)
     if len(ids) != record["photos"]:

@@ -216,9 +216,14 @@ class EvaluationManager:
             distributed.on_main_only(self._write, results, counts, faults, violations, time.monotonic() - began) or {}
         )
 
+    @property
+    def _is_own(self) -> bool:
+        """The checkpoint lies in the experiment's folder: it is not one of another experiment, given by its path."""
+        return self.checkpoint.parent.resolve().is_relative_to(self.config.checkpoints_dir.resolve())
+
     def _name(self) -> str:
         """The checkpoint's name, and what makes this evaluation another one."""
-        name = self.checkpoint.stem
+        name = self.checkpoint.stem if self._is_own else f"{self.trained_with.exp_name}-{self.checkpoint.stem}"
         if self.options.limit is not None:
             name += f"-limit{self.options.limit}"
         if self.options.decode not in (None, "all") and self.options.decode != self.config.decode:
@@ -239,7 +244,7 @@ class EvaluationManager:
     def _write(self, results: dict, counts: dict, faults: dict, violations: dict, seconds: float) -> dict:
         first = self.rules[0]
         record = {
-            "checkpoint": self.checkpoint.name,
+            "checkpoint": self.checkpoint.name if self._is_own else str(self.checkpoint.resolve()),
             "checkpoint_sha256": self.digest,
             "epoch": self.epoch,
             "decode": first,

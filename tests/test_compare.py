@@ -224,6 +224,17 @@ def test_a_rule_that_was_not_evaluated_is_refused(runs: list[Path]) -> None:
         load_experiment(runs[0], rule="prob_sum")
 
 
+def test_scores_of_another_experiment_are_refused(runs: list[Path]) -> None:
+    path = runs[0] / "evaluation" / "best" / "scores.json"
+    path.write_bytes((runs[3] / "evaluation" / "best" / "scores.json").read_bytes())
+    with pytest.raises(UserError, match="scores of a checkpoint of 'sum_seed0', not of 'bce_seed0'"):
+        load_experiment(runs[0])
+
+
+def test_an_experiment_may_be_renamed(runs: list[Path]) -> None:
+    assert load_experiment(runs[0].rename(runs[0].with_name("bce.old"))).name == "bce_seed0"
+
+
 def test_other_photos_are_refused(tmp_path: Path, tree: Hierarchy) -> None:
     folders = [fake_experiment(tmp_path, tree, f"n{photos}", 0.5, photos=photos) for photos in (30, 40)]
     with pytest.raises(UserError, match=r"other photos, 30 and 40 .*such as photo30"):

@@ -36,3 +36,22 @@ def test_a_file_too_short_to_be_a_checkpoint_has_no_digest(tmp_path: Path) -> No
     (tmp_path / "short.pt").write_bytes(b"PK")
     assert checkpoint_digest(tmp_path / "short.pt") is None
     assert checkpoint_digest(tmp_path / "missing.pt") is None
+
+
+def test_scores_of_another_experiments_checkpoint_leave_the_own_ones_in_place(config, tmp_path, tree) -> None:
+    other = tmp_path / "experiments" / "theirs" / "models_checkpoints"
+    other.mkdir(parents=True)
+    write_checkpoint(other / "best.pt", tree, exp_name="theirs")
+    own, record = evaluate(config, "best")
+    assert (own.name, record["checkpoint"]) == ("best", "best.pt")
+    foreign, record = evaluate(config, other / "best.pt")
+    assert (foreign.name, record["checkpoint"]) == ("theirs-best", str(other / "best.pt"))
+    assert sorted(folder.name for folder in own.parent.iterdir()) == ["best", "theirs-best"]
+
+
+def test_own_checkpoints_are_known_by_any_path(config, monkeypatch, tree) -> None:
+    (config.checkpoints_dir / "fitted").mkdir()
+    fitted = write_checkpoint(config.checkpoints_dir / "fitted" / "best_mass.pt", tree, exp_name="ours")
+    monkeypatch.chdir(config.checkpoints_dir)
+    for path, name in ((config.checkpoints_dir / "best.pt", "best"), ("./best.pt", "best"), (fitted, "best_mass")):
+        assert EvaluationManager(config, EvaluationOptions(str(path))).folder.name == name
