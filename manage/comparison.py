@@ -71,11 +71,21 @@ class Experiment:
     def scores(self) -> dict[str, float | None]:
         return summary(self.result)
 
+    @cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        """environment.json: one record for each start and resume of the training."""
+        path = self.folder / "environment.json"
+        return _read_json(path) if path.is_file() else []
+
+    @property
+    def processes(self) -> int | list[int]:
+        """How many trained it, batch_size being of each; a list where a resume changed it, 1 where nothing is said."""
+        counts = list(dict.fromkeys(start.get("processes", 1) for start in self.starts)) or [1]
+        return counts[0] if len(counts) == 1 else counts
+
     def said(self, key: str) -> str:
         """What the records of every start, resume and the evaluation say of `key` (such as commit), each value once."""
-        path = self.folder / "environment.json"
-        records = [*(_read_json(path) if path.is_file() else []), self.record["environment"]]
-        return ", ".join(dict.fromkeys(str(record[key]) for record in records))
+        return ", ".join(dict.fromkeys(str(record[key]) for record in [*self.starts, self.record["environment"]]))
 
 
 @dataclass(frozen=True)
@@ -275,7 +285,7 @@ def check_comparable(experiments: Sequence[Experiment]) -> None:
 
 
 def group_by_config(experiments: Sequence[Experiment]) -> tuple[list[Group], dict[str, list[Any]]]:
-    """The groups, in the order given, and the config keys in which they differ."""
+    """The groups, in the order given, and the config keys in which they differ; `processes` counts as one."""
     sets: list[list[Experiment]] = []
     for experiment in experiments:
         own = next((s for s in sets if _compared(s[0]) == _compared(experiment)), None)
@@ -283,11 +293,12 @@ def group_by_config(experiments: Sequence[Experiment]) -> tuple[list[Group], dic
             sets.append([experiment])
         else:
             own.append(experiment)
-    keys = [key for key in FIELDS if len({json.dumps(_compared(s[0]).get(key), sort_keys=True) for s in sets}) > 1]
+    values = [_compared(members[0]) for members in sets]
+    names = [*FIELDS, "processes"]
+    keys = [key for key in names if len({json.dumps(value.get(key), sort_keys=True) for value in values}) > 1]
     labels = _labels(sets, keys)
     groups = [group for label, members in zip(labels, sets, strict=True) for group in _split_repeats(label, members)]
-    values = {key: [group.experiments[0].config.get(key) for group in groups] for key in keys}
-    return groups, values
+    return groups, {key: [_compared(group.experiments[0]).get(key) for group in groups] for key in keys}
 
 
 def _labels(sets: Sequence[Sequence[Experiment]], keys: Sequence[str]) -> list[str]:
@@ -297,8 +308,8 @@ def _labels(sets: Sequence[Sequence[Experiment]], keys: Sequence[str]) -> list[s
     keys = sorted(keys, key=lambda key: key != "criterion")  # the objective says most
     labels: list[str] = []
     for count in range(1, len(keys) + 1):
-        configs = [members[0].config for members in sets]
-        labels = [", ".join(_short(key, config.get(key)) for key in keys[:count]) for config in configs]
+        values = [_compared(members[0]) for members in sets]
+        labels = [", ".join(_short(key, value.get(key)) for key in keys[:count]) for value in values]
         if len(set(labels)) == len(labels):
             break
     return labels
@@ -312,7 +323,9 @@ def _split_repeats(label: str, members: Sequence[Experiment]) -> list[Group]:
 
 
 def _compared(experiment: Experiment) -> dict[str, Any]:
-    return {key: value for key, value in experiment.config.items() if key not in NOT_COMPARED}
+    """What two seeds of one config have in common: its keys, and the number of processes, which scales the batch."""
+    config = {key: value for key, value in experiment.config.items() if key not in NOT_COMPARED}
+    return config | {"processes": experiment.processes}
 
 
 def _stem(names: Sequence[str]) -> str:

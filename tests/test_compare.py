@@ -31,6 +31,7 @@ from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
 PHOTOS = 40
+ENVIRONMENT = {"commit": "abc", "hardware": "a machine"}
 
 
 def fake_matrices(h: Hierarchy, quality: float, seed: int, photos: int = PHOTOS) -> np.ndarray:
@@ -57,7 +58,6 @@ def fake_experiment(
     ids = np.array([f"photo{i}" for i in range(photos)])
     np.savez_compressed(scored / "photos.npz", ids=ids, logit_sum=matrices, leaf=matrices)
     result = scores_from_confusion(torch.from_numpy(matrices.sum(0, dtype=np.int64)), h) | {"violation_rate": 0.01}
-    environment = {"commit": "abc", "hardware": "a machine"}
     record = {
         "checkpoint": "best.pt",
         "epoch": 3,
@@ -69,10 +69,10 @@ def fake_experiment(
         "rules": {rule: summary(result) for rule in ("logit_sum", "leaf")},
         "config": config.to_dict(),
         "tree": h.to_dict(),
-        "environment": environment,
+        "environment": ENVIRONMENT,
     }
     write_json(record, scored / "scores.json")
-    write_json([environment], folder / "environment.json")
+    write_json([ENVIRONMENT], folder / "environment.json")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for epoch in range(1, 4):
             values = {"epoch": epoch, "loss_train": 1 / epoch, "train_seconds": 60.0 * epoch}
@@ -188,6 +188,17 @@ def test_the_same_config_and_seed_twice_are_not_two_seeds(tmp_path: Path, tree: 
     folders = [fake_experiment(tmp_path, tree, name, 0.5) for name in ("before", "after")]
     comparison = compare([load_experiment(folder) for folder in folders], resamples=200)
     assert [group.label for group in comparison.groups] == ["before", "after"]
+
+
+def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_config(runs: list[Path]) -> None:
+    """batch_size is of each process, so the batches differ."""
+    for folder, starts in zip(runs[1:3], ([4], [4, 2]), strict=True):
+        write_json([ENVIRONMENT | {"processes": count} for count in starts], folder / "environment.json")
+    (runs[0] / "environment.json").unlink()  # as an old run, whose records say nothing: one process
+    comparison = compare([load_experiment(folder) for folder in runs], resamples=200)
+    assert [group.seeds for group in comparison.groups] == [[0], [1], [2], [0, 1, 2]]
+    assert comparison.differing["processes"] == [1, 4, [4, 2], 1]
+    assert comparison.groups[2].label == "bce, processes [4, 2]"
 
 
 def test_the_same_resamples_give_the_same_numbers(runs: list[Path]) -> None:

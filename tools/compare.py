@@ -4,9 +4,9 @@
     python tools/compare.py experiments/bce_seed* experiments/tree_min_seed* --out docs/losses
     python tools/compare.py a b --evaluation last --decode leaf
 
-Experiments that differ only in their seed form a group; the first is the baseline. Writes comparison.md (ready for a
-README), comparison.html (one file, pictures inside), comparison.json and a picture of each curve. The evaluations
-are those of evaluate.py.
+Experiments that differ only in their seed, trained by equally many processes, form a group; the first is the
+baseline. Writes comparison.md (ready for a README), comparison.html (one file, pictures inside), comparison.json and
+a picture of each curve. The evaluations are those of evaluate.py.
 """
 
 import argparse
