@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -266,6 +267,26 @@ def test_a_run_that_is_still_trained_by_an_orphan_is_waited_for(tmp_path: Path, 
     assert runs[0].is_in_use
     owner.communicate()
     assert not runs[0].is_in_use
+
+
+def test_a_signal_while_one_is_passed_on_does_not_block(tmp_path: Path) -> None:
+    class Training:
+        """Where the first signal arrives, the second follows."""
+
+        received = 0
+
+        def send_signal(self, number: int) -> None:
+            self.received += 1
+            if self.received == 1:
+                runner._on_signal(signal.SIGINT, None)
+
+    runner, training = Runner([], "last", 1, tmp_path), Training()
+    runner.processes.add(training)
+    handler = threading.Thread(target=runner._on_signal, args=(signal.SIGINT, None), daemon=True)
+    handler.start()
+    handler.join(5)
+    assert not handler.is_alive()
+    assert training.received == 2
 
 
 # ---- results -----------------------------------------------------------------------------------------------------

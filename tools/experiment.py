@@ -250,7 +250,7 @@ class Runner:
     def __init__(self, runs: Sequence[Run], checkpoint: str, jobs: int, logs: Path) -> None:
         self.runs, self.checkpoint, self.jobs, self.logs = runs, checkpoint, jobs, logs
         self.processes: set[subprocess.Popen] = set()
-        self.guard = threading.Lock()
+        self.guard = threading.RLock()  # a second signal may come while the first is being passed on
         self.signal: int | None = None
 
     def run(self) -> list[str]:
