@@ -1,13 +1,14 @@
 """tools/fit_decode.py: offsets per root, fitted on train photos alone."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from configs.config import DECODE_RULES, load_config
+from configs.config import DECODE_RULES, differences, load_config
 from configs.errors import UserError
 from manage.checkpoint import load_checkpoint
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
@@ -109,6 +110,17 @@ def test_a_copy_of_the_checkpoint_carries_the_offset(config, tmp_path, monkeypat
     assert load_config(config, [override]).root_bias == saved["root_bias"]
     with pytest.raises(UserError, match="exists already; give --overwrite"):
         run(monkeypatch, "--cfg", config, "--decode", "prob_sum")
+
+
+def test_the_command_to_score_it_gives_the_same_config(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "moved data").symlink_to(load_config(config).data_dir)
+    overrides = [f"root_data_dir={tmp_path / 'moved data'}", "decode=mass", 'criterion={"bce": 1.0}', "n_val_photos=2"]
+    run(monkeypatch, "--cfg", config, "--decode", "leaf", *overrides)
+    name, script, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (name, script, words[:3]) == ("python", "evaluate.py", ["--cfg", str(config), "--checkpoint"])
+    scored, wanted = load_config(config, words[4:]), load_config(config, overrides)
+    assert scored.decode == "leaf"
+    assert set(differences(scored, wanted)) <= {"decode", "root_bias"}
 
 
 def test_evaluation_applies_the_offset_to_the_rule_of_the_config_alone(config, capsys):

@@ -15,6 +15,7 @@ checkpoint itself is left as it is. Only differences between roots count: the fi
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -195,6 +196,14 @@ def report(name: str, pixels: Pixels, bias: Tensor, target: str, h: Hierarchy) -
     print(f"{target} on {name}: {100 * before:.2f} -> {100 * after:.2f}{verdict}")
 
 
+def evaluation_command(arguments: argparse.Namespace, checkpoint: Path, rule: str, bias: dict[str, float]) -> str:
+    """The line for a shell that scores the offset with the config and overrides of this call."""
+    cfg = ["--cfg", arguments.cfg] if arguments.cfg else []
+    kept = [override for override in arguments.overrides if override.partition("=")[0] not in ("decode", "root_bias")]
+    fitted = [f"decode={rule}", f"root_bias={json.dumps(bias)}"]
+    return shlex.join(["python", "evaluate.py", *cfg, "--checkpoint", str(checkpoint), *kept, *fitted])
+
+
 def main() -> None:
     arguments = read_arguments()
     config = load_config(arguments.cfg, arguments.overrides)
@@ -235,8 +244,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{fitted}: cannot be written ({error.strerror})") from None
     print(f"wrote {fitted}; to score it on val:")
-    cfg = f"--cfg {arguments.cfg} " if arguments.cfg else ""
-    print(f"  python evaluate.py {cfg}--checkpoint {path} decode={rule} 'root_bias={json.dumps(named)}'")
+    print(f"  {evaluation_command(arguments, path, rule, named)}")
 
 
 if __name__ == "__main__":
