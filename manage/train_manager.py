@@ -361,8 +361,8 @@ class TrainManager:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         if bool(torch.isfinite(loss + norm)):
             return True
-        if torch.isfinite(loss) and self.scaler.is_enabled():  # fp16 overflow: the scaler lowers its scale
-            return False
+        if torch.isfinite(loss) and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            return False  # fp16 overflow: the scaler lowers its scale, which falls below 1 where that is no help
         self._on_non_finite(float(loss), float(norm), group)
         return False
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.config import Config, config_from_dict
 from configs.errors import UserError
-from manage.train_manager import TrainManager
+from manage.train_manager import MAX_SKIPPED_STEPS, TrainManager
 from utils.dataset import Sample
 
 SIZE = 32
@@ -70,6 +70,13 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 
         torch.testing.assert_close(other[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def spoil_gradients(run: TrainManager) -> None:
+    """From here on no gradient is finite, while the loss is."""
+    run.network.segmentation_head.register_full_backward_hook(
+        lambda _module, inputs, _outputs: tuple(None if g is None else g * math.inf for g in inputs)
+    )
+
+
 def gradients(run: TrainManager) -> Tensor:
     return torch.cat([p.grad.flatten() for p in run.network.parameters()])
 
@@ -109,12 +116,27 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale(start):
         pytest.skip("no gradient scaler on this device")
     run.train_step([batch_of(1, 2)])
     before, scale = weights(run), run.scaler.get_scale()
-    run.network.segmentation_head.register_full_backward_hook(
-        lambda _module, inputs, _outputs: tuple(None if g is None else g * math.inf for g in inputs)
-    )
+    spoil_gradients(run)
     run.train_step([batch_of(3, 4)])
     assert_same(before, weights(run), rtol=0, atol=0)
     assert run.scaler.get_scale() < scale
+
+
+@pytest.mark.parametrize(("on_non_finite", "left_out"), [("stop", 0), ("skip", MAX_SKIPPED_STEPS)])
+def test_gradients_in_fp16_that_no_scale_makes_finite_stop_the_run(start, on_non_finite, left_out):
+    run = start(amp="fp16", on_non_finite=on_non_finite)
+    if not run.scaler.is_enabled():
+        pytest.skip("no gradient scaler on this device")
+    before, overflows = weights(run), 1 + int(math.log2(run.scaler.get_scale()))
+    spoil_gradients(run)
+    for _ in range(overflows):
+        run.train_step([batch_of(1, 2)])
+    assert run.skipped_steps == 0
+    for _ in range(left_out):
+        run.train_step([batch_of(1, 2)])
+    with pytest.raises(UserError, match="gradient norm nan is not finite"):
+        run.train_step([batch_of(1, 2)])
+    assert_same(before, weights(run), rtol=0, atol=0)
 
 
 def test_channels_last_gives_the_same_steps(start):
