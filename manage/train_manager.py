@@ -79,6 +79,7 @@ class TrainManager:
         self._build()
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss_steps = 0  # in the sum: those of this epoch that were not left out
         self.best: float | None = None
         self.skipped_steps, self.seconds = 0, 0.0
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
@@ -180,6 +181,7 @@ class TrainManager:
             "batch": self.batch,
             "step": self.step,
             "loss_sum": self.loss_sum,
+            "loss_steps": self.loss_steps,
             "best": self.best,
             "skipped_steps": self.skipped_steps,
             "faults": [self.tolerance.faults, self.val_tolerance.faults],
@@ -221,6 +223,7 @@ class TrainManager:
             self.batch = min(done // self.config.accumulate * self.config.accumulate, self.batches.n_batches)
             self.step = self.epoch * self.steps_per_epoch + self.batch // self.config.accumulate
         self.loss_sum.copy_(state["loss_sum"])
+        self.loss_steps = int(state.get("loss_steps", state["batch"] // self.config.accumulate))  # older ones lack it
         self.best, self.skipped_steps, self.seconds = state["best"], state["skipped_steps"], state["seconds"]
         self.tolerance.faults, self.val_tolerance.faults = map(dict, state["faults"])
         set_random_state(state["random"], self.device)
@@ -351,6 +354,7 @@ class TrainManager:
             if self.ema:
                 self.ema.update_parameters(self.network)
             self.loss_sum += step_loss
+            self.loss_steps += 1
         self.scaler.update()
         return step_loss
 
@@ -404,7 +408,7 @@ class TrainManager:
         config, number = self.config, self.epoch + 1
         is_last = number == config.n_epochs
         record = {"epoch": number, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
-        record["loss_train"] = float(self.loss_sum) / self.steps_per_epoch
+        record["loss_train"] = float(self.loss_sum) / self.loss_steps if self.loss_steps else None
         record["photos_per_second"] = getattr(self, "photos_per_second", 0.0)
         is_best, best_before = False, self.best
         if is_last or number % config.val_every == 0:
@@ -418,6 +422,7 @@ class TrainManager:
         self.say("  ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, float)))
         self.epoch, self.batch = number, 0
         self.loss_sum.zero_()
+        self.loss_steps = 0
         if is_last:
             self._log_hparams(record)
         is_kept = is_last or number % config.save_epoch == 0

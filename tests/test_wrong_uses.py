@@ -301,6 +301,23 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(keys):
     assert manager.skipped_steps == 21
 
 
+def test_steps_that_are_left_out_do_not_lower_the_mean_loss(keys, tmp_path):
+    manager = TrainManager(Config(**(keys | {"on_non_finite": "skip"})))
+    losses = iter((float("nan"), 3.0))
+    manager.criterion = lambda logits, labels: 0 * logits.sum() + next(losses, 1.0)
+    assert manager.run() == 0
+    (line,) = (tmp_path / "experiments/tiny/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss_train"] == 3
+
+
+def test_an_epoch_whose_steps_are_all_left_out_has_no_mean_loss(keys, tmp_path):
+    manager = TrainManager(Config(**(keys | {"on_non_finite": "skip"})))
+    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
+    assert manager.run() == 0
+    (line,) = (tmp_path / "experiments/tiny/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss_train"] is None
+
+
 def test_the_config_of_a_run_is_written_as_it_was(trained, tmp_path):
     copy = json.loads((tmp_path / "experiments/tiny/configs/tiny.json").read_text())
     assert copy == Config(**trained).to_dict()
