@@ -290,7 +290,7 @@ class TrainManager:
         config = self.config
         self.batches.start_at(self.epoch, self.batch)
         self.set_train_mode()
-        last_save = began = time.monotonic()
+        last_save = counted = began = time.monotonic()
         seen = 0
         bar = self._bar(self.batches.n_batches, self.batch, f"epoch {self.epoch + 1}/{config.n_epochs}")
         for group in self._groups():
@@ -300,17 +300,17 @@ class TrainManager:
             seen += len(group) * config.batch_size * self.world
             bar.update(len(group))
             now = time.monotonic()
+            self.seconds, counted = self.seconds + now - counted, now
             if self.step % config.log_every == 0:
                 self._log_step(bar, loss, seen / (now - began))
             self._stop_if_asked()
             if config.save_last_every_minutes and distributed.agree(
                 now - last_save > 60 * config.save_last_every_minutes
             ):
-                self.seconds += now - last_save
                 last_save = now
                 self.save("last")
         bar.close()
-        self.seconds += time.monotonic() - last_save
+        self.seconds += time.monotonic() - counted
         self.photos_per_second = seen / max(1e-9, time.monotonic() - began)
 
     def _groups(self) -> Iterator[list[Sample]]:

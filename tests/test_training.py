@@ -1,6 +1,9 @@
 """Equal configs give equal trainings. That loading does not depend on workers is shown in test_data_pipeline.py."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,25 @@ def test_a_run_records_seed_commit_and_versions(reference):
         start
     )
     assert all(start.values()), "nothing is left blank"
+
+
+def slow_steps_and_a_signal_in_the_second(seconds: float) -> None:
+    from manage.train_manager import TrainManager
+
+    step = TrainManager.train_step
+
+    def slow(self, group):
+        time.sleep(seconds)
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, group)
+
+    TrainManager.train_step = slow
+
+
+def test_the_seconds_before_a_stop_are_counted(data, tmp_path):
+    cfg = write_config(tmp_path, data, **SAME)
+    slow = (slow_steps_and_a_signal_in_the_second, 0.3)
+    status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=slow)
+    assert status == 128 + signal.SIGTERM, output
+    assert state(tmp_path)["seconds"] >= 0.6
