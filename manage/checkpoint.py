@@ -122,6 +122,11 @@ def newest_valid(folder: Path, say=print) -> tuple[Path, dict] | None:
     return None
 
 
+def newer_than(state: dict, folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder that hold more training than `state`, the newest first."""
+    return [path for path in _newest_first(folder) if _is_newer(path, state)]
+
+
 def keep_newest(folder: Path, keep: int) -> None:
     """Removes all but the `keep` numbered checkpoints written last; best, last and previous stay."""
     for path in [path for path in _newest_first(folder) if NUMBERED.fullmatch(path.name)][keep:]:
@@ -145,6 +150,18 @@ def _newest_first(folder: Path) -> list[Path]:
     """`last`, then all others by the time they were written."""
     paths = list(folder.glob("*.pt"))
     return sorted(paths, key=lambda path: (path.name == "last.pt", path.stat().st_mtime_ns), reverse=True)
+
+
+def _is_newer(path: Path, state: dict) -> bool:
+    try:
+        return _batches_done(load_checkpoint(path)) > _batches_done(state)
+    except (UserError, KeyError, TypeError):  # no run can go on from it
+        return False
+
+
+def _batches_done(state: dict) -> tuple[int, int]:
+    """Epochs, and batches of the next one over all processes."""
+    return state["epoch"], state["batch"] * state["world"]
 
 
 def _with_checksum(buffer: io.BytesIO) -> bytes:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from torch.utils.tensorboard.summary import hparams as summarise_hparams
 
 from configs.config import REPOSITORY, RESUMABLE_CHANGES, Config, differences, load_config, save_config
 from configs.errors import UserError
-from manage.checkpoint import remove_unfinished
+from manage.checkpoint import newer_than, remove_unfinished, save_checkpoint
 from utils.hierarchy import Hierarchy
+
+LINES = "metrics.jsonl"
 
 
 class Lock:
@@ -87,7 +90,7 @@ class Curves:
     """
 
     def __init__(self, experiment_dir: Path, tensorboard_dir: Path, journal: dict[str, int] | None = None) -> None:
-        self.lines, self.events = experiment_dir / "metrics.jsonl", tensorboard_dir
+        self.lines, self.events = experiment_dir / LINES, tensorboard_dir
         self._cut_back(journal or {})
         self.writer = SummaryWriter(str(tensorboard_dir))
         self.is_silent = False
@@ -113,7 +116,7 @@ class Curves:
     def journal(self) -> dict[str, int]:
         """The length in bytes of every file, for the checkpoint."""
         self._try(self.writer.flush)
-        return {path.name: path.stat().st_size for path in self._files()}
+        return {path.name: path.stat().st_size for path in curve_files(self.lines.parent, self.events)}
 
     def close(self) -> None:
         self._try(self.writer.close)
@@ -130,11 +133,8 @@ class Curves:
                 os.truncate(self.lines, before)
                 raise
 
-    def _files(self) -> list[Path]:
-        return [path for path in (self.lines, *self.events.glob("events.out.tfevents.*")) if path.is_file()]
-
     def _cut_back(self, journal: dict[str, int]) -> None:
-        for path in self._files():
+        for path in curve_files(self.lines.parent, self.events):
             if path.name not in journal:
                 path.unlink()  # written after the checkpoint, and about to be written again
             elif path.stat().st_size > journal[path.name]:
@@ -147,6 +147,11 @@ class Curves:
             if not self.is_silent:
                 print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
             self.is_silent = True
+
+
+def curve_files(experiment_dir: Path, tensorboard_dir: Path) -> list[Path]:
+    files = (experiment_dir / LINES, *tensorboard_dir.glob("events.out.tfevents.*"))
+    return [path for path in files if path.is_file()]
 
 
 class NoCurves:
@@ -212,6 +217,34 @@ def open_experiment(config: Config) -> Lock:
         lock.release()
         raise _not_writable(config, error) from None
     return lock
+
+
+def rewind(config: Config, file: Path, state: dict) -> None:
+    """Sets aside what an experiment holds beyond a checkpoint that it goes back to; call it before curves are cut.
+
+    The curves are copied, the newer checkpoints moved, the newest first, and `file` becomes `last`. Wherever this is
+    cut off, the newest checkpoint that remains has all its curves.
+    Raises: UserError when the disk does not take it; nothing is lost then.
+    """
+    newer = newer_than(state, config.checkpoints_dir)
+    if not newer:
+        return
+    aside, curves_aside = _names_aside([config.experiment_dir, config.tensorboard_dir])
+    names = ", ".join(path.name for path in newer)
+    print(f"newer than {file.name}: {names}; set aside in {aside}, their curves in {curves_aside}", flush=True)
+    checkpoints_aside = aside / config.checkpoints_dir.name
+    last = config.checkpoints_dir / "last.pt"
+    try:
+        checkpoints_aside.mkdir(parents=True)
+        curves_aside.mkdir()
+        for path in curve_files(config.experiment_dir, config.tensorboard_dir):
+            shutil.copy2(path, aside if path.name == LINES else curves_aside)
+        for path in newer:
+            shutil.move(path, checkpoints_aside)
+        if not last.is_file():
+            save_checkpoint(file.read_bytes(), last)
+    except OSError as error:
+        raise _not_writable(config, error) from None
 
 
 def check_resumable(config: Config, theirs: Config, what: str) -> dict[str, tuple]:
@@ -335,10 +368,14 @@ def _not_writable(config: Config, error: OSError) -> UserError:
 def _move_aside(config: Config) -> None:
     """Renames the experiment's two folders to names that are free. Raises: OSError."""
     folders = [folder for folder in (config.experiment_dir, config.tensorboard_dir) if folder.exists()]
+    for folder, aside in zip(folders, _names_aside(folders), strict=True):
+        folder.rename(aside)
+        print(f"moved {folder} to {aside}")
+
+
+def _names_aside(folders: Sequence[Path]) -> list[Path]:
+    """A free name beside each folder, with the same ending for all."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([stamp], (f"{stamp}-{i}" for i in itertools.count(2)))
     suffix = next(n for n in names if not any(f.with_name(f"{f.name}.old-{n}").exists() for f in folders))
-    for folder in folders:
-        aside = folder.with_name(f"{folder.name}.old-{suffix}")
-        folder.rename(aside)
-        print(f"moved {folder} to {aside}")
+    return [folder.with_name(f"{folder.name}.old-{suffix}") for folder in folders]

@@ -41,6 +41,7 @@ from manage.experiment import (
     create_experiment,
     open_experiment,
     record_environment,
+    rewind,
     write_folders,
 )
 from manage.inference import autocast
@@ -159,6 +160,10 @@ class TrainManager:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); use another one") from None
+        if path:
+            distributed.on_main_only(rewind, config, *found)
+        if not (config.checkpoints_dir / "best.pt").is_file():
+            self.best = None  # none is better than what is on disk
         if state["world"] != self.world:
             self.say(
                 f"{state['world']} processes before, {self.world} now: a step takes "

@@ -1,5 +1,6 @@
 """A training that was killed, told to stop, or lost its newest checkpoint ends with the very bits of one left alone."""
 
+import itertools
 import os
 import random
 import shutil
@@ -323,6 +324,53 @@ def test_a_run_may_begin_again_from_an_older_checkpoint(untouched, data, tmp_pat
     assert status == 0, output
     assert "checkpoint_3.pt at epoch 4, batch 1" in output
     assert_same_run(tmp_path, reference)
+
+
+def die_while_going_back(call: str, number: int) -> None:
+    """Prepares a child to kill itself at its `number`-th call, having begun with it."""
+    from manage import checkpoint, experiment
+
+    module, name = {"save": (checkpoint.os, "replace"), "cut": (experiment.os, "truncate")}.get(
+        call, (experiment.shutil, call)
+    )
+    action, calls = getattr(module, name), itertools.count(1)
+
+    def dying(*arguments, **options):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return action(*arguments, **options)
+
+    setattr(module, name, dying)
+
+
+GOING_BACK = [("copy2", 1), ("copy2", 2), ("move", 1), ("move", 2), ("save", 1), ("cut", 1), ("save", 3)]
+
+
+@pytest.mark.parametrize(("call", "number"), GOING_BACK)
+def test_going_back_loses_nothing_wherever_it_is_killed(untouched, data, tmp_path, call, number):
+    reference, keys, _ = untouched
+    for name in ("experiments", "tensorboard"):
+        shutil.copytree(reference / name, tmp_path / name)
+    cfg = write_config(tmp_path, data, **keys)
+    arguments, log = ("train.py", "--cfg", cfg, "--resume"), tmp_path / "log"
+    status, output = run(*arguments, "checkpoint_3", log=log, prepare=(die_while_going_back, call, number))
+    assert status == -signal.SIGKILL, output
+    assert "newer than checkpoint_3.pt: last.pt" in output
+    status, output = run(*arguments, log=log)
+    assert status == 0, output
+    assert_same_run(tmp_path, reference)
+    kept = {*(tmp_path / "experiments").rglob("models_checkpoints/last.pt")}
+    assert checkpoint(reference, "last")["seconds"] in [load_checkpoint(path)["seconds"] for path in kept]
+    if call in ("save", "cut"):
+        aside = max((tmp_path / "experiments").glob("tiny.old-*")).name
+        assert_same_run_aside(tmp_path, aside, reference)
+
+
+def assert_same_run_aside(root, aside, reference):
+    """All that a run held beyond checkpoint_3 stands aside."""
+    assert load_checkpoint(root / "experiments" / aside / "models_checkpoints/checkpoint_4.pt")["epoch"] == 4
+    assert records(root, aside) == records(reference)
+    assert curves(root, aside) == curves(reference)
 
 
 def test_the_scale_of_half_precision_is_resumed(data, tmp_path):

@@ -301,6 +301,18 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(keys):
     assert manager.skipped_steps == 21
 
 
+def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(keys, tmp_path):
+    keys["n_epochs"] = 2
+    assert TrainManager(Config(**keys)).run() == 0
+    folder = tmp_path / "experiments/tiny/models_checkpoints"
+    shutil.copy(folder / "last.pt", folder / "best.pt")  # the second epoch's, whatever its score
+    manager = TrainManager(Config(**keys), resume="checkpoint_1")
+    assert not (folder / "best.pt").exists()
+    assert manager.best is None
+    assert manager.run() == 0
+    assert load_checkpoint(folder / "best.pt")["epoch"] == 2
+
+
 def test_steps_that_are_left_out_do_not_lower_the_mean_loss(keys, tmp_path):
     manager = TrainManager(Config(**(keys | {"on_non_finite": "skip"})))
     losses = iter((float("nan"), 3.0))
