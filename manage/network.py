@@ -119,3 +119,28 @@ def check_same_network(config: Config, hierarchy: Hierarchy, state: dict, source
                 f"{source}: is of another architecture ({key} {state['config'].get(key)!r}, the config has "
                 f"{getattr(config, key)!r}); use the config that it was trained with"
             )
+
+
+def check_same_tree(config: Config, hierarchy: Hierarchy, state: dict, source: str) -> None:
+    """After `check_same_network`: raises UserError where the trees differ in what the fingerprint leaves out.
+
+    Colours may differ; the scores do not depend on them.
+    """
+    theirs = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
+    then, now = _beside_fingerprint(theirs), _beside_fingerprint(hierarchy)
+    changed = [f"{key!r} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
+    if changed:
+        raise UserError(
+            f"{config.hierarchy_file}: the tree has changed since {source} was written ({'; '.join(changed)}). A run "
+            "that goes on must keep it: put the old tree back, or choose another exp_name"
+        )
+
+
+def _beside_fingerprint(hierarchy: Hierarchy) -> dict:
+    """What a tree says beyond ids, names, parents and colours of its nodes."""
+    return {
+        "name": hierarchy.name,
+        "ignore_index": hierarchy.ignore_index,
+        "levels": list(hierarchy.level_names),
+        "background": [hierarchy.names[v] for v in sorted(hierarchy.background)],
+    }

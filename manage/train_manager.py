@@ -45,7 +45,7 @@ from manage.experiment import (
     write_folders,
 )
 from manage.inference import autocast
-from manage.network import build_network, check_same_network, load_hierarchy, load_weights
+from manage.network import build_network, check_same_network, check_same_tree, load_hierarchy, load_weights
 from utils.cli import progress
 from utils.dataset import Sample
 from utils.losses import build_criterion, node_weights
@@ -152,6 +152,7 @@ class TrainManager:
             return None
         source, state = str(found[0]), found[1]
         check_same_network(config, self.hierarchy, state, source)
+        check_same_tree(config, self.hierarchy, state, source)
         check_resumable(config, config_from_dict(state["config"], f"{source}, its config"), source)
         self._check_same_photos(state, source)
         try:

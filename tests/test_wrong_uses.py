@@ -17,7 +17,7 @@ from configs.errors import UserError
 from manage.checkpoint import load_checkpoint, pack, save_checkpoint
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.train_manager import TrainManager
-from tests.factory import TINY, make_data
+from tests.factory import TINY, TREE, make_data
 from tests.preloaded import SlimEncoder
 
 
@@ -201,6 +201,27 @@ def test_a_run_does_not_go_on_with_other_photos(trained, tmp_path, split):
     )
     path.write_text("\r\n".join(ids))
     assert TrainManager(Config(**trained), resume="").run() == 0
+
+
+CHANGED_TREES = [
+    ("'background' was ['background'], is []", lambda tree: tree["nodes"][0].pop("background")),
+    ("'levels' was ['parts', 'halves', 'body'], is", lambda tree: tree.update(levels=["parts", "halves", "whole"])),
+    ("'name' was 'pascal_part', is 'mine'", lambda tree: tree.update(name="mine")),
+]
+
+
+@pytest.mark.parametrize(("part", "change"), CHANGED_TREES)
+def test_a_run_does_not_go_on_with_a_changed_tree(keys, tmp_path, part, change):
+    path, tree = tmp_path / "tree.json", json.loads(TREE.read_text())
+    path.write_text(json.dumps(tree))
+    keys["hierarchy"] = str(path)
+    assert TrainManager(Config(**keys)).run() == 0
+    tree["nodes"][1]["colour"] = [1, 2, 3]
+    path.write_text(json.dumps(tree))
+    assert TrainManager(Config(**keys), resume="").run() == 0
+    change(tree)
+    path.write_text(json.dumps(tree))
+    refused(lambda: TrainManager(Config(**keys), resume=""), str(path), "has changed", "last.pt", part, "put the old")
 
 
 def test_a_photo_that_has_gone_is_named_before_a_run_goes_on(trained, tmp_path):
