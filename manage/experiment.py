@@ -1,7 +1,6 @@
 """The folders of one experiment: lock, config, environment record, curves."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from configs.config import REPOSITORY, RESUMABLE_CHANGES, Config, differences, l
 from configs.errors import UserError
 from manage.checkpoint import newer_than, remove_unfinished, save_checkpoint
 from utils.hierarchy import Hierarchy
+from utils.locks import try_lock
 
 LINES = "metrics.jsonl"
 
@@ -42,18 +42,23 @@ class Lock:
         self.file = None
 
     def take(self) -> None:
-        """Raises: UserError that names the owner."""
+        """Raises: UserError that names the owner, or says why nothing can be locked here."""
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
         owner = self._owner()
-        who = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
+        who = "another process"  # it has not signed yet
+        if owner:
+            who = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            is_ours = try_lock(self.file)
+        except OSError as error:
             self._leave()
             raise UserError(
-                f"{self.path.parent} is in use by {who}; wait for it, stop it, or choose another exp_name"
+                f"{self.path}: cannot be locked ({error.strerror}); set root_dir to a folder on a disk that knows locks"
             ) from None
+        if not is_ours:
+            self._leave()
+            raise UserError(f"{self.path.parent} is in use by {who}; wait for it, stop it, or choose another exp_name")
         if owner and owner.get("host") != me["host"]:  # file locks need not reach across hosts
             self._leave()
             raise UserError(f"{self.path.parent} was locked by {who}; if that one is gone, delete {self.path}")

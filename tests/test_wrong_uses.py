@@ -1,6 +1,9 @@
 """A user's mistakes: each ends in one message that says what is wrong and where, before any work is done."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -180,6 +183,23 @@ def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_
         owner.kill()
     assert TrainManager(Config(**keys)).run() == 0
     assert f"the lock of process {owner.pid}, which is gone, is taken over" in capsys.readouterr().out
+
+
+def test_a_disk_without_locks_is_not_taken_for_another_process(keys, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    refused(train(keys), "tiny/.lock: cannot be locked (No locks available)", "root_dir")
+
+
+def test_a_lock_whose_owner_has_not_signed_yet_is_of_another_process(keys, tmp_path):
+    lock = tmp_path / "experiments/tiny/.lock"
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        refused(train(keys), "is in use by another process;")
+        owner.kill()
 
 
 def test_a_lock_of_another_machine_is_left_to_the_user(keys, tmp_path):
