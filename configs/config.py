@@ -77,7 +77,7 @@ class Config:
         high=256,
         choices=("auto",),
     )
-    skip_unreadable: int = knob(0, "how many damaged photos a run tolerates before it stops", low=0)
+    skip_unreadable: int = knob(0, "damaged photos left out before it stops: of train, of val, in each process", low=0)
 
     # --- photo size and augmentation ---
     short_side: int | None = knob(

@@ -112,7 +112,7 @@ def n_workers(config: Config, without_gpu: int) -> int:
 
 
 class Tolerance:
-    """Counts photos that could not be read and stops at the configured number."""
+    """Counts the photos of one split that this process could not read, and stops beyond the configured number."""
 
     def __init__(self, limit: int, ids: list[str]) -> None:
         self.limit, self.ids, self.faults = limit, ids, {}

@@ -159,6 +159,14 @@ def test_as_many_damaged_photos_as_allowed_are_left_out(keys, tmp_path, capsys):
     assert "left out: p01" in capsys.readouterr().out
 
 
+def test_damaged_photos_of_train_and_of_val_are_counted_apart(keys, tmp_path, capsys):
+    for damaged in ("p01", "p05"):
+        (tmp_path / "data" / "JPEGImages" / f"{damaged}.jpg").write_bytes(b"no photo")
+    assert TrainManager(Config(**(keys | {"skip_unreadable": 1}))).run() == 0
+    assert "left out: p01" in (output := capsys.readouterr().out)
+    assert "left out: p05" in output
+
+
 def test_an_experiment_is_never_overwritten(trained, tmp_path):
     before = (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes()
     refused(train(trained, lr=0.5), "tiny", "lr", "--resume", "--overwrite")
