@@ -97,6 +97,16 @@ def load_checkpoint(path: str | Path) -> dict:
     return state
 
 
+def checkpoint_digest(path: Path) -> str | None:
+    """The SHA-256 that a checkpoint ends with; None where there is no such file, or none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-64, os.SEEK_END)
+            return file.read().decode("ascii", "replace")
+    except OSError:
+        return None
+
+
 def newest_valid(folder: Path, say=print) -> tuple[Path, dict] | None:
     """The checkpoint to go on from: the newest one that is whole; None where none was written yet.
 

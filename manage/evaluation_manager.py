@@ -1,6 +1,5 @@
 """Evaluation: whole photos at native size, one pass, every level; scores, tables and pictures."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from configs.config import DECODE_RULES, Config
 from configs.errors import UserError
 from manage import distributed, report
-from manage.checkpoint import find_checkpoint, load_checkpoint
+from manage.checkpoint import checkpoint_digest, find_checkpoint, load_checkpoint
 from manage.data import Tolerance, batches_of, check_data, read_split, val_loader
 from manage.experiment import environment, write_json
 from manage.inference import photo_logits
@@ -117,16 +116,6 @@ def _panel(prediction: Prediction, leaves: Tensor, hierarchy: Hierarchy) -> np.n
 
 
 # --- evaluate.py ---
-def checkpoint_digest(path: Path) -> str | None:
-    """The SHA-256 that a checkpoint ends with; None where there is no such file, or none that can be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-64, os.SEEK_END)
-            return file.read().decode("ascii", "replace")
-    except OSError:
-        return None
-
-
 @dataclass
 class EvaluationOptions:
     """The command line of evaluate.py: checkpoint name, number of photos, decoding rule, whether to draw."""

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from configs.config import Config
-from manage.evaluation_manager import EvaluationManager, EvaluationOptions, checkpoint_digest
+from manage.checkpoint import checkpoint_digest
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from tests.test_predict import SLIM, write_checkpoint
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from configs.config import DECODE_RULES, load_config
 from configs.errors import UserError
-from manage.checkpoint import pack, save_checkpoint
-from manage.evaluation_manager import checkpoint_digest
+from manage.checkpoint import checkpoint_digest, pack, save_checkpoint
 from tests.factory import REPO, make_data, write_config
 from tests.test_compare import fake_experiment
 from tools import experiment as tool

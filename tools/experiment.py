@@ -40,9 +40,8 @@ from tqdm import tqdm
 from configs.config import REPOSITORY, RESUMABLE_CHANGES, TYPES, Config, config_from_dict, differences, load_config
 from configs.config import read_json as read_strictly
 from configs.errors import UserError
-from manage.checkpoint import load_checkpoint
+from manage.checkpoint import checkpoint_digest, load_checkpoint
 from manage.comparison import Experiment, compare, criterion_name, load_experiment
-from manage.evaluation_manager import checkpoint_digest
 from manage.experiment import Lock, config_copy, cores, write_json
 from manage.tables import per_class
 from tools.compare import to_record, write_report

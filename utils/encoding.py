@@ -4,7 +4,6 @@ encoding.json is written last and only for a set without faults, so where it sta
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from utils.images import MASK_SUFFIXES, PHOTO_SUFFIXES, find_file, photo_size, read_labels, write_indexed
+from utils.locks import try_lock
 from utils.parallel import map_with_progress
 
 if TYPE_CHECKING:  # it brings torch with it, which the worker processes can do without
@@ -267,12 +267,7 @@ def _staging_folder(save_dir: Path) -> Iterator[Path]:
     if not (staging / LOCK).exists() and any(staging.iterdir()):
         raise UserError(f"{staging} is in the way: this program did not make it; move it elsewhere")
     with open(staging / LOCK, "a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it goes with its process
-            is_ours = os.fstat(lock.fileno()).st_nlink > 0  # or its owner has just ended and removed it
-        except (BlockingIOError, PermissionError):
-            is_ours = False
-        if not is_ours:
+        if not try_lock(lock):
             raise UserError(f"{save_dir} is being written by another process; wait for its end, and run again")
         _clear(staging)
         try:
