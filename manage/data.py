@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -23,8 +23,8 @@ def read_split(config: Config, split: str) -> list[str]:
     return read_ids(config.ids_file(split))[:limit]
 
 
-def check_data(config: Config, hierarchy: Hierarchy) -> Encoding:
-    """Folders, encoding and splits.
+def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("train", "val")) -> Encoding:
+    """Folders, encoding and id lists; the photos of `splits` have to be encoded.
 
     Raises: UserError naming the first thing that is not there or does not fit.
     """
@@ -37,12 +37,12 @@ def check_data(config: Config, hierarchy: Hierarchy) -> Encoding:
         raise UserError(f"key 'img_dir': {config.images_dir} is not there; expected a folder of photos")
     encoding = load_encoding(config.labels_dir, hierarchy)
     ids = {split: read_split(config, split) for split in ("train", "val")}
-    for split, listed in ids.items():
-        unknown = [sample_id for sample_id in listed if sample_id not in encoding.ids]
+    for split in splits:
+        unknown = [sample_id for sample_id in ids[split] if sample_id not in encoding.ids]
         if unknown:
             raise UserError(
-                f"{config.ids_file(split)}: {len(unknown)} of {len(listed)} ids (the first: {unknown[0]}) had no mask "
-                f"when {config.labels_dir} was encoded. Add their masks and encode again: "
+                f"{config.ids_file(split)}: {len(unknown)} of {len(ids[split])} ids (the first: {unknown[0]}) had no "
+                f"mask when {config.labels_dir} was encoded. Add their masks and encode again: "
                 "python tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the list"
             )
     if config.ids_file("train") != config.ids_file("val"):

@@ -162,7 +162,7 @@ class EvaluationManager:
             )
         self.trained_with, self.epoch = trained_with, state["epoch"]
         self.network = network.to(self.device, memory_format=torch.channels_last)  # on a CPU a fifth faster
-        check_data(config, hierarchy)
+        check_data(config, hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
         self.loader = val_loader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world())
         self.tolerance = Tolerance(config.skip_unreadable, self.ids)

@@ -116,6 +116,10 @@ def test_an_id_that_the_encoding_does_not_list_is_refused_though_there_is_a_labe
     refused(train(keys), f"{split}_id.txt: 1 of ", "first: stale", "gt_masks_hie", "encode again", "dataset_hie_enc")
     first = {"train": 4, "val": 2}[split]
     assert TrainManager(Config(**(keys | {f"n_{split}_photos": first}))).run() == 0, "it is not among the first"
+    if split == "train":
+        evaluate(keys, "last")()  # which reads the val photos alone
+    else:
+        refused(evaluate(keys, "last"), "val_id.txt: 1 of ", "first: stale")
 
 
 @pytest.mark.parametrize(

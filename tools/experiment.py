@@ -277,9 +277,8 @@ class Runner:
         total = sum(run.config.n_epochs for run in self.runs)
         with progress(total=total, desc="epochs", unit="epoch", initial=self._epochs_done()) as bar:
             while wait(futures, timeout=2).not_done:
-                bar.n = self._epochs_done()
-                bar.refresh()
-            bar.n = self._epochs_done()
+                bar.update(self._epochs_done() - bar.n)
+            bar.update(self._epochs_done() - bar.n)
 
     def _epochs_done(self) -> int:
         return sum(run.epochs_done for run in self.runs)
