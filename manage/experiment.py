@@ -155,6 +155,7 @@ class Curves:
 
 
 def curve_files(experiment_dir: Path, tensorboard_dir: Path) -> list[Path]:
+    """metrics.jsonl and TensorBoard's files, those that are there."""
     files = (experiment_dir / LINES, *tensorboard_dir.glob("events.out.tfevents.*"))
     return [path for path in files if path.is_file()]
 
@@ -236,7 +237,7 @@ def rewind(config: Config, file: Path, state: dict) -> None:
         return
     aside, curves_aside = _names_aside([config.experiment_dir, config.tensorboard_dir])
     names = ", ".join(path.name for path in newer)
-    print(f"newer than {file.name}: {names}; set aside in {aside}, their curves in {curves_aside}", flush=True)
+    print(f"newer than {file.name}: {names}; set aside with the curves in {aside} and {curves_aside}", flush=True)
     checkpoints_aside = aside / config.checkpoints_dir.name
     last = config.checkpoints_dir / "last.pt"
     try:
