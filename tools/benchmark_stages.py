@@ -190,7 +190,10 @@ def load_stage(setting: Setting) -> Iterator[Contest]:
     photos = train_loader(config, h, 0, 1)[0].dataset
     planes = setting.folder / "planes"
     baselines.encode_folder([files.labels for files in photos.files], planes, h)
-    everything = range(len(photos.files))
+
+    def ours() -> None:
+        for index in range(len(photos.files)):
+            photos[Draw(index, index)]
 
     def plain() -> None:
         for files in photos.files:
@@ -206,7 +209,7 @@ def load_stage(setting: Setting) -> Iterator[Contest]:
             f"load and augment, crop {size}, one worker",
             "13-channel float tensor, cropped last",
             plain,
-            lambda: [photos[Draw(index, index)] for index in everything] and None,
+            ours,
             target=7,
             bound_title="JPEG decode alone",
             bound=bound,
