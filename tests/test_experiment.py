@@ -1,5 +1,7 @@
 """The runner of experiments: what is refused, what is skipped, and real tiny runs that are cut off and go on."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -265,6 +267,17 @@ def test_a_run_that_is_still_trained_by_an_orphan_is_waited_for(tmp_path: Path, 
     owner = hold(runs[0].config.experiment_dir / ".lock")
     assert runs[0].is_in_use
     owner.communicate()
+    assert not runs[0].is_in_use
+
+
+def test_a_disk_without_locks_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    _, runs = read_runs(write_runs(tmp_path, entry(tmp_path, seeds=[0])))
+    runs[0].config.experiment_dir.mkdir(parents=True)
+    (runs[0].config.experiment_dir / ".lock").touch()
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
     assert not runs[0].is_in_use
 
 

@@ -17,7 +17,6 @@ when it is trained and scored at that checkpoint as it is on disk, with its conf
 """
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -46,6 +45,7 @@ from manage.experiment import Lock, config_copy, cores, write_json
 from manage.tables import per_class
 from tools.compare import to_record, write_report
 from utils.cli import progress, run_main
+from utils.locks import try_lock
 
 KEYS = {"checkpoint", "runs"}
 RUN_KEYS = {"name", "cfg", "overrides", "seeds"}
@@ -112,12 +112,9 @@ class Run:
         """A training holds its lock: one that outlived the runner that started it."""
         try:
             with open(self.config.experiment_dir / ".lock", "r+", encoding="utf-8") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
+                return not try_lock(file)
+        except OSError:  # none was taken yet; or none can be, which train.py will say
             return False
-        except OSError:
-            return True
-        return False
 
     def evaluation(self, checkpoint: str) -> Experiment | None:
         """Its scores; None unless they are whole, of the finished run, and decoded as its config says now."""
