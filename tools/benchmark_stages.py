@@ -412,7 +412,7 @@ def peak_memory_of(which: str, setting: Setting) -> int:
 
 # --- evaluation ---
 def evaluation_stage(setting: Setting) -> Iterator[Contest]:
-    """As it comes, and with the network in bf16, which changes a few pixels in a thousand."""
+    """As it comes, and with the network in bf16."""
     h = setting.hierarchy
     config = config_for(setting, "evaluated")
     torch.manual_seed(0)

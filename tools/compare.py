@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from configs.config import DECODE_RULES
 from configs.errors import UserError
 from manage.charts import Interval, interval_chart, line_chart

@@ -297,17 +297,16 @@ def _publish(
     `known` are the ids that the last run wrote; other PNGs are of a killed run or of the user, and kept.
     """
     fresh = sorted(staging.glob("*.png"))
-    present = [path for path in save_dir.glob("*.png") if path.name[0] != "."]
-    if unknown := [path for path in present if path.stem not in known]:
+    maps = [path for path in save_dir.glob("*.png") if path.name[0] != "."]
+    if unknown := [path for path in maps if path.stem not in known]:
         _move_aside(unknown, save_dir.resolve())
     if records == old and not fresh:
         return 0
     (save_dir / RECORD).unlink(missing_ok=True)  # from here on the folder is a mixture
     for path in fresh:
         os.replace(path, save_dir / path.name)
-    for path in present:
-        if path.stem not in records:
-            path.unlink(missing_ok=True)
+    for sample_id in known.difference(records):
+        (save_dir / f"{sample_id}.png").unlink(missing_ok=True)
     partial_record = staging / RECORD
     partial_record.write_text(_to_json(records, hierarchy), encoding="utf-8")
     os.replace(partial_record, save_dir / RECORD)
