@@ -236,6 +236,7 @@ class EvaluationManager:
             "checkpoint": self.checkpoint.name if self._is_own else str(self.checkpoint.resolve()),
             "checkpoint_sha256": self.digest,
             "epoch": self.epoch,
+            "amp": self.config.amp,  # of this evaluation; "config" is the training's
             "decode": first,
             "root_bias": self.config.root_bias if first == self.config.decode else {},
             "photos": len(counts),
