@@ -21,7 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
-from configs.errors import UserError
+from utils.errors import UserError
+from utils.files import parse_json, read_json, write_whole
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CRITERIA = ("ce", "path_ce", "bce", "focal", "tree_min", "focal_tree_min")
@@ -248,36 +249,11 @@ def save_config(config: Config, path: str | Path) -> None:
     lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in config.to_dict().items()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_whole("{\n" + ",\n".join(lines) + "\n}\n", path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write the config ({error.strerror}); choose a folder you may write to"
         ) from None
-
-
-def read_json(path: str | Path):
-    """Strict JSON: no duplicate keys, no NaN.
-
-    Raises: UserError with the line of the mistake.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_neighbours(Path(path))}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
-    except ValueError as error:  # UnicodeDecodeError, or a zero byte in the path
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be a config or a tree") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def parse_overrides(overrides: typing.Sequence[str]) -> dict:
@@ -290,7 +266,7 @@ def parse_overrides(overrides: typing.Sequence[str]) -> dict:
         if key in values:
             raise UserError(f"the override {key!r} is given twice")
         try:
-            values[key] = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+            values[key] = parse_json(text)
         except (ValueError, RecursionError):
             values[key] = text
         if key in FIELDS and isinstance(FIELDS[key].default, str) and TYPES[key] is str:
@@ -424,15 +400,6 @@ def _suggest(word: str, choices=None) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _neighbours(path: Path) -> str:
-    """The files of that kind that do exist there, for someone who mistyped a name."""
-    try:
-        names = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))
-    except (OSError, ValueError):
-        names = []
-    return f"; {path.parent} holds {', '.join(names[:8])}" if names else ""
-
-
 def _name_of_type(kind) -> str:
     kind = typing.get_origin(kind) or kind
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
@@ -446,18 +413,6 @@ def _name_of(value) -> str:
 def _short(value) -> str:
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _unique_keys(pairs: list[tuple]) -> dict:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands there twice")
-    return values
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _help() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from configs.errors import UserError
+from utils.errors import UserError
 
 FORMAT = 1
 NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
@@ -35,35 +35,6 @@ def pack(state: dict) -> bytes:
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT}, buffer)
     return _with_checksum(buffer)
-
-
-def save_checkpoint(data: bytes, path: str | Path, previous: Path | None = None) -> None:
-    """Writes beside, flushes to disk, renames: at every moment `path` is whole, the old one or the new one.
-
-    `previous` is where the old file goes; for a moment there is then no `path`, but always one of the two.
-    Raises: OSError when the disk is full or not writable; the old file then stands.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.is_file():
-            os.replace(path, previous)
-        os.replace(beside, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the folder itself may be gone
-            beside.unlink(missing_ok=True)
-        raise
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process had begun to write; call it with the experiment's lock held."""
-    for path in folder.glob(".*.pt.*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -205,12 +176,3 @@ def _check_whole(data: bytes, path: Path) -> None:
 def _others(path: Path) -> str:
     names = sorted(other.name for other in path.parent.glob("*.pt")) if path.parent.is_dir() else []
     return f"; {path.parent} holds {', '.join(names[-8:])}" if names else f"; {path.parent} holds no checkpoints"
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk only with its folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from configs.config import FIELDS, REPOSITORY, RESUMABLE_CHANGES
-from configs.errors import UserError
 from manage.tables import summary
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 

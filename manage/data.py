@@ -8,10 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from configs.config import Config
-from configs.errors import UserError
 from manage.experiment import cores
 from utils.dataset import EpochBatches, Sample, TrainPhotos, WholePhotos, find_samples
 from utils.encoding import Encoding, load_encoding
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import read_ids
 from utils.transforms import RandomView

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import UserError
+from utils.errors import UserError
 
 
 def is_launched() -> bool:

@@ -14,17 +14,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs.config import DECODE_RULES, Config
-from configs.errors import UserError
 from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, load_checkpoint
 from manage.data import Tolerance, batches_of, check_data, read_split, val_loader
-from manage.experiment import environment, write_json
+from manage.experiment import environment
 from manage.inference import photo_logits
 from manage.network import check_same_network, load_hierarchy, restore_network, root_bias
 from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
 from utils import visualize
 from utils.cli import progress
 from utils.decode import DECODERS
+from utils.errors import UserError
+from utils.files import write_json
 from utils.hierarchy import Hierarchy
 from utils.images import write_indexed
 from utils.metrics import LevelScores

@@ -1,7 +1,6 @@
 """The folders of one experiment: lock, config, environment record, curves."""
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -22,8 +21,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as summarise_hparams
 
 from configs.config import REPOSITORY, RESUMABLE_CHANGES, Config, differences, load_config, save_config
-from configs.errors import UserError
-from manage.checkpoint import newer_than, remove_unfinished, save_checkpoint
+from manage.checkpoint import newer_than
+from utils.errors import UserError
+from utils.files import names_aside, remove_unfinished, set_aside, write_json, write_whole
 from utils.hierarchy import Hierarchy
 from utils.locks import try_lock
 
@@ -235,7 +235,7 @@ def rewind(config: Config, file: Path, state: dict) -> None:
     newer = newer_than(state, config.checkpoints_dir)
     if not newer:
         return
-    aside, curves_aside = _names_aside([config.experiment_dir, config.tensorboard_dir])
+    aside, curves_aside = names_aside([config.experiment_dir, config.tensorboard_dir])
     names = ", ".join(path.name for path in newer)
     print(f"newer than {file.name}: {names}; set aside with the curves in {aside} and {curves_aside}", flush=True)
     checkpoints_aside = aside / config.checkpoints_dir.name
@@ -248,7 +248,7 @@ def rewind(config: Config, file: Path, state: dict) -> None:
         for path in newer:
             shutil.move(path, checkpoints_aside)
         if not last.is_file():
-            save_checkpoint(file.read_bytes(), last)
+            write_whole(file.read_bytes(), last)
     except OSError as error:
         raise _not_writable(config, error) from None
 
@@ -279,13 +279,6 @@ def write_folders(config: Config, hierarchy: Hierarchy) -> None:
 
 def config_copy(config: Config) -> Path:
     return config.experiment_dir / "configs" / f"{config.exp_name}.json"
-
-
-def write_json(value, path: Path, indent: int | None = 2) -> None:
-    """Writes JSON beside and renames, so that a reader never sees half a file."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def record_environment(folder: Path, device: torch.device, world: int) -> dict:
@@ -373,15 +366,5 @@ def _not_writable(config: Config, error: OSError) -> UserError:
 
 def _move_aside(config: Config) -> None:
     """Renames the experiment's two folders to names that are free. Raises: OSError."""
-    folders = [folder for folder in (config.experiment_dir, config.tensorboard_dir) if folder.exists()]
-    for folder, aside in zip(folders, _names_aside(folders), strict=True):
-        folder.rename(aside)
-        print(f"moved {folder} to {aside}")
-
-
-def _names_aside(folders: Sequence[Path]) -> list[Path]:
-    """A free name beside each folder, with the same ending for all."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = itertools.chain([stamp], (f"{stamp}-{i}" for i in itertools.count(2)))
-    suffix = next(n for n in names if not any(f.with_name(f"{f.name}.old-{n}").exists() for f in folders))
-    return [folder.with_name(f"{folder.name}.old-{suffix}") for folder in folders]
+    for aside in set_aside(config.experiment_dir, config.tensorboard_dir):
+        print(f"moved {aside.name.partition('.old-')[0]} to {aside}")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from configs.config import Config, config_from_dict
-from configs.errors import UserError
 from manage.checkpoint import DamagedCheckpoint
 from models.hseg import HSEG
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
 

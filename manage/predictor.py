@@ -16,13 +16,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from configs.config import DECODE_RULES, Config
-from configs.errors import UserError
 from manage import distributed
 from manage.checkpoint import load_checkpoint
 from manage.inference import photo_logits
 from manage.network import restore_network, root_bias
 from models.hseg import HSEG
 from utils.decode import DECODERS
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import photo_size, read_photo, scaled_size, upright_rgb
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from configs.errors import UserError
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 

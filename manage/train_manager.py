@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from configs.config import Config, config_from_dict
-from configs.errors import UserError
 from manage import distributed
 from manage.checkpoint import (
     DamagedCheckpoint,
@@ -30,7 +29,6 @@ from manage.checkpoint import (
     load_checkpoint,
     newest_valid,
     pack,
-    save_checkpoint,
 )
 from manage.data import Tolerance, batches_of, check_data, read_split, samples_of, train_loader, val_loader
 from manage.evaluation_manager import Validation, validate
@@ -48,6 +46,8 @@ from manage.inference import autocast
 from manage.network import build_network, check_same_network, check_same_tree, load_hierarchy, load_weights
 from utils.cli import progress
 from utils.dataset import Sample
+from utils.errors import UserError
+from utils.files import write_whole
 from utils.losses import build_criterion, node_weights
 from utils.schedules import lr_factor
 from utils.transforms import normalise
@@ -249,7 +249,7 @@ class TrainManager:
                 write_folders(self.config, self.hierarchy)
             data = pack(state)
             for name in names:
-                save_checkpoint(data, folder / f"{name}.pt", folder / "previous.pt" if name == "last" else None)
+                write_whole(data, folder / f"{name}.pt", folder / "previous.pt" if name == "last" else None)
                 written.append(name)
             keep_newest(folder, self.config.keep)
         except (OSError, UserError) as error:

@@ -34,7 +34,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs.config import Config, load_config
-from configs.errors import UserError
 from manage.checkpoint import load_checkpoint, pack
 from manage.data import check_data, train_loader, val_loader
 from manage.network import check_same_network, load_hierarchy, restore_network
@@ -43,6 +42,7 @@ from tests.factory import TREE, make_data, write_config
 from utils.dataset import Draw, Files, TrainPhotos, WholePhotos, find_samples
 from utils.decode import DECODERS
 from utils.encoding import encode_folder, load_encoding
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import read_ids
 from utils.losses import build_criterion

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import UserError
 from manage.checkpoint import (
     DamagedCheckpoint,
     find_checkpoint,
@@ -21,9 +20,10 @@ from manage.checkpoint import (
     load_checkpoint,
     newest_valid,
     pack,
-    save_checkpoint,
 )
 from tests.factory import Child, make_data, records, run, write_config
+from utils.errors import UserError
+from utils.files import write_whole
 
 STATE = {"model": {"weight": torch.arange(40.0)}, "config": {}, "tree": {}, "epoch": 3}
 
@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 def write(path: Path, **changes) -> bytes:
     data = pack(STATE | changes)
-    save_checkpoint(data, path)
+    write_whole(data, path)
     return data
 
 

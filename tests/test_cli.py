@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from configs.errors import UserError
 from utils.cli import progress, run_main
+from utils.errors import UserError
 
 
 def test_a_users_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from configs.config import Config, save_config
-from configs.errors import UserError
 from manage.charts import COLOURS, Interval, interval_chart, line_chart, nice_ticks
 from manage.comparison import (
     Difference,
@@ -24,9 +23,10 @@ from manage.comparison import (
     mean_and_spread,
     resample_counts,
 )
-from manage.experiment import write_json
 from manage.tables import summary
 from tools import compare as tool
+from utils.errors import UserError
+from utils.files import write_json
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 

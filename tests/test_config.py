@@ -22,8 +22,8 @@ from configs.config import (
     parse_overrides,
     save_config,
 )
-from configs.errors import UserError
 from tests.conftest import REPO
+from utils.errors import UserError
 
 SHIPPED = sorted((REPO / "configs").glob("*.json"))
 OF_EACH_TYPE = {
@@ -206,9 +206,9 @@ def test_a_mistaken_override_is_named(overrides, part):
 @pytest.fixture
 def script(tmp_path):
     """Runs a copy of configs/config.py, which writes beside itself; from another folder."""
-    (tmp_path / "configs").mkdir()
-    for name in ("__init__.py", "config.py", "errors.py"):
-        shutil.copy(REPO / "configs" / name, tmp_path / "configs" / name)
+    for name in ("configs/__init__.py", "configs/config.py", "utils/errors.py", "utils/files.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / name)
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(tmp_path / "configs" / "config.py"), *arguments]

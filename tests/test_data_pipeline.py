@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from configs.config import load_config
-from configs.errors import UserError
 from manage.data import Tolerance, train_loader
 from tests.factory import TREE, make_data, write_config
 from utils.dataset import EpochBatches
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.transforms import MEAN_COLOUR, RandomView
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from configs.config import load_config
-from configs.errors import UserError
 from manage.diagnostics import Diagnosis, pixel_gradients
 from manage.train_manager import TrainManager
 from tests.factory import make_data, write_config
 from tools import diagnose as tool
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 

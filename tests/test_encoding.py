@@ -13,8 +13,8 @@ from PIL import Image
 
 import utils.encoding
 import utils.parallel
-from configs.errors import UserError
 from utils.encoding import LOCK, RECORD, STAGING, check_classes, encode_folder, load_encoding
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import read_labels
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from configs.config import DECODE_RULES, load_config
-from configs.errors import UserError
-from manage.checkpoint import checkpoint_digest, pack, save_checkpoint
+from manage.checkpoint import checkpoint_digest, pack
 from tests.factory import REPO, make_data, write_config
 from tests.test_compare import fake_experiment
 from tools import experiment as tool
 from tools.experiment import Run, Runner, read_runs
+from utils.errors import UserError
+from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 
 SHIPPED = sorted((REPO / "configs" / "experiments").glob("*.json"))
@@ -183,7 +184,7 @@ def train(run: Run, tree: Hierarchy, best_epoch: int) -> None:
     folder.mkdir(exist_ok=True)
     for name, epoch in (("best", best_epoch), ("checkpoint_2", 2), ("checkpoint_3", 3), ("last", 3)):
         state = {"model": {}, "config": run.config.to_dict(), "tree": tree.to_dict(), "epoch": epoch}
-        save_checkpoint(pack(state), folder / f"{name}.pt")
+        write_whole(pack(state), folder / f"{name}.pt")
 
 
 def test_scores_of_a_numbered_checkpoint_are_final_once_the_run_is_trained(tmp_path: Path, tree: Hierarchy) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from configs.config import DECODE_RULES
-from configs.errors import UserError
 from manage.predictor import Predictor
 from tests.test_predict import noise, write_checkpoint
 from tools import export
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
 SIZES = [(1, 3, 1, 1), (1, 3, 20, 45), (2, 3, 64, 64), (3, 3, 37, 91)]

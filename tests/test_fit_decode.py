@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from configs.config import DECODE_RULES, differences, load_config
-from configs.errors import UserError
 from manage.checkpoint import load_checkpoint
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.predictor import Predictor
@@ -17,6 +16,7 @@ from tests.test_predict import SLIM, write_checkpoint
 from tools import fit_decode
 from tools.fit_decode import Pixels, best_by_root, count, decide, fit, sweep, value
 from utils.decode import DECODERS
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
 REPO = Path(__file__).resolve().parents[1]

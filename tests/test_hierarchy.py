@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import UserError
 from tests import reference
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import UserError
+from utils.errors import UserError
 from utils.images import find_file, photo_size, read_ids, read_labels, read_photo, write_indexed
 
 RED = (200, 40, 40)

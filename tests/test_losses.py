@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
-from configs.errors import UserError
 from tests import reference
 from utils import chunks
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES, build_criterion, node_weights
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from configs.config import Config, config_from_dict
-from configs.errors import UserError
 from manage.train_manager import MAX_SKIPPED_STEPS, TrainManager
 from utils.dataset import Sample
+from utils.errors import UserError
 
 SIZE = 32
 

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from configs.config import config_from_dict
-from configs.errors import UserError
-from manage.checkpoint import pack, save_checkpoint
+from manage.checkpoint import pack
 from manage.inference import photo_logits
 from manage.predictor import Predictor
 from models.hseg import HSEG
 from tools import predict
 from utils.decode import DECODERS
+from utils.errors import UserError
+from utils.files import write_whole
 from utils.images import read_labels, read_photo
 
 REPO = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def write_checkpoint(path: Path, tree, **keys) -> Path:
     network.segmentation_head.weight.data.mul_(5)
     network.segmentation_head.bias.data.zero_()
     state = {"model": network.state_dict(), "ema": None, "config": config.to_dict(), "tree": tree.to_dict(), "epoch": 1}
-    save_checkpoint(pack(state), path)
+    write_whole(pack(state), path)
     return path
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import UserError
 from tools import prepare_pascal_part as tool
+from utils.errors import UserError
 from utils.images import read_ids, read_labels
 from utils.pascal_part import CLASS_OF_PART, read_classes
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import UserError
 from manage import report
 from manage.tables import summary
 from utils.decode import DECODERS
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.metrics import LevelScores, scores_from_confusion
 

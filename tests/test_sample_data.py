@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import UserError
 from tools.make_sample_data import CLASSES, Settings, draw_sample, make_data_set, sample_id
+from utils.errors import UserError
 from utils.images import read_ids, read_labels, read_photo
 from utils.pascal_part import read_classes
 

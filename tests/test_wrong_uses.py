@@ -16,12 +16,13 @@ from PIL import Image
 
 import models.hseg
 from configs.config import Config, load_config
-from configs.errors import UserError
-from manage.checkpoint import load_checkpoint, pack, save_checkpoint
+from manage.checkpoint import load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.train_manager import TrainManager
 from tests.factory import TINY, TREE, make_data
 from tests.preloaded import SlimEncoder
+from utils.errors import UserError
+from utils.files import write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -299,7 +300,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
     refused(evaluate(trained, "last", encoder="resnet34"), "last.pt", "architecture", "resnet18", "resnet34")
     state = load_checkpoint(folder / "last.pt")
     state["tree"]["nodes"][1]["name"] = "forearm"
-    save_checkpoint(pack(state), folder / "tree.pt")
+    write_whole(pack(state), folder / "tree.pt")
     refused(evaluate(trained, "tree"), "tree.pt", "tree")
 
 

@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from configs.config import REPOSITORY, save_config
-from configs.errors import UserError
 from manage.data import train_loader
 from manage.experiment import cores
 from tools.benchmark import cost_of, take_turns
 from tools.benchmark_stages import Setting, config_for, forward_backward, random_batch, training
 from utils.cli import progress
 from utils.decode import DECODERS
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES
 

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.config import REPOSITORY, Config, config_from_dict
-from configs.errors import UserError
-from manage.checkpoint import pack, save_checkpoint
+from manage.checkpoint import pack
 from manage.data import train_loader
 from manage.distributed import choose_device
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
@@ -38,6 +37,8 @@ from utils import visualize
 from utils.dataset import Draw, Sample, find_samples
 from utils.decode import DECODERS
 from utils.encoding import encode_folder, find_masks
+from utils.errors import UserError
+from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 from utils.images import read_ids, read_labels, write_indexed
 from utils.losses import LOSSES
@@ -419,7 +420,7 @@ def evaluation_stage(setting: Setting) -> Iterator[Contest]:
     network = HSEG(ENCODER, h.num_nodes)
     state = {"model": network.state_dict(), "ema": None, "epoch": 1, "config": config.to_dict(), "tree": h.to_dict()}
     config.checkpoints_dir.mkdir(parents=True)
-    save_checkpoint(pack(state), config.checkpoints_dir / "best.pt")
+    write_whole(pack(state), config.checkpoints_dir / "best.pt")
     network = network.to(setting.device).eval()
     ours = copy.deepcopy(network).to(memory_format=torch.channels_last)
     files = find_samples(read_ids(config.ids_file("val")), config.images_dir, config.labels_dir)

@@ -23,7 +23,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import DECODE_RULES
-from configs.errors import UserError
 from manage.charts import Interval, interval_chart, line_chart
 from manage.comparison import (
     CONFIDENCE,
@@ -35,8 +34,9 @@ from manage.comparison import (
     mean_and_spread,
     points,
 )
-from manage.experiment import write_json
 from utils.cli import progress, run_main
+from utils.errors import UserError
+from utils.files import write_json
 
 
 def main() -> None:

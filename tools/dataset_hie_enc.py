@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import load_config
-from configs.errors import UserError
 from utils.cli import run_main
 from utils.encoding import check_classes, encode_folder
+from utils.errors import UserError
 
 MASKS = "gt_masks"
 CLASSES = "classes.txt"

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict
-from configs.errors import UserError
 from manage.charts import line_chart
 from manage.checkpoint import NUMBERED, load_checkpoint
 from manage.comparison import criterion_name
 from manage.data import read_split, train_loader
 from manage.diagnostics import Diagnosis
-from manage.experiment import write_json
 from manage.network import restore_network
 from utils.cli import progress, run_main
 from utils.dataset import Draw, mix
+from utils.errors import UserError
+from utils.files import write_json
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 from utils.transforms import normalise

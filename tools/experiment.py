@@ -37,14 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from configs.config import REPOSITORY, RESUMABLE_CHANGES, TYPES, Config, config_from_dict, differences, load_config
-from configs.config import read_json as read_strictly
-from configs.errors import UserError
 from manage.checkpoint import checkpoint_digest, load_checkpoint
 from manage.comparison import Experiment, compare, criterion_name, load_experiment
-from manage.experiment import Lock, config_copy, cores, write_json
+from manage.experiment import Lock, config_copy, cores
 from manage.tables import per_class
 from tools.compare import to_record, write_report
 from utils.cli import progress, run_main
+from utils.errors import UserError
+from utils.files import read_json, write_json
 from utils.locks import try_lock
 
 KEYS = {"checkpoint", "runs"}
@@ -152,7 +152,7 @@ def read_runs(path: Path) -> tuple[str, list[Run]]:
 
     Raises: UserError naming the file, the run and the key.
     """
-    content = read_strictly(path)
+    content = read_json(path)
     _check_keys(content, KEYS, {"runs"}, str(path))
     checkpoint = content.get("checkpoint", "last")
     if not isinstance(checkpoint, str) or not re.fullmatch(r"best|last|checkpoint_\d+", checkpoint):
@@ -187,7 +187,7 @@ def _read_entry(path: Path, entry: Any, where: str) -> list[Run]:
     if not is_list or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{where}: 'seeds' is {seeds!r}; expected a list of different whole numbers, such as [0, 1, 2]")
     source = REPOSITORY / cfg
-    values = read_strictly(source)
+    values = read_json(source)
     if not isinstance(values, dict) or "runs" in values:
         raise UserError(f"{where}: {source} is not a config; 'cfg' must name a file such as configs/quickstart.json")
     runs = []

@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.config import DECODE_RULES
-from configs.errors import UserError
-from manage.experiment import write_json
 from manage.predictor import Predictor
 from utils.cli import progress, run_main
 from utils.decode import best_row, leaf_bias, leaf_scores
+from utils.errors import UserError
+from utils.files import write_json
 from utils.images import PHOTO_SUFFIXES
 from utils.transforms import normalise
 

@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 
 from configs.config import DECODE_RULES, Config, load_config
-from configs.errors import UserError
 from manage import distributed
-from manage.checkpoint import find_checkpoint, load_checkpoint, pack, save_checkpoint
+from manage.checkpoint import find_checkpoint, load_checkpoint, pack
 from manage.data import Tolerance, check_data, read_split, val_loader
 from manage.evaluation_manager import predictions
 from manage.network import check_same_network, load_hierarchy, restore_network
 from utils.cli import progress, run_main
 from utils.decode import best_row, leaf_scores
+from utils.errors import UserError
+from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
@@ -240,7 +241,7 @@ def main() -> None:
     state["config"] |= {"decode": rule, "root_bias": named}
     try:
         fitted.parent.mkdir(exist_ok=True)
-        save_checkpoint(pack(state), fitted)
+        write_whole(pack(state), fitted)
     except OSError as error:
         raise UserError(f"{fitted}: cannot be written ({error.strerror})") from None
     print(f"wrote {fitted}; to score it on val:")

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from configs.errors import UserError
 from utils.cli import run_main
+from utils.errors import UserError
 from utils.parallel import map_with_progress
 
 REPO = Path(__file__).resolve().parents[1]

@@ -31,10 +31,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs.config import DECODE_RULES
-from configs.errors import UserError
 from manage.predictor import Predictor, Result
 from utils import visualize
 from utils.cli import progress, run_main
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import PHOTO_SUFFIXES, write_indexed
 

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configs.errors import UserError
 from utils.cli import run_main
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import (
     PHOTO_SUFFIXES,

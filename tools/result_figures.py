@@ -16,13 +16,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.config import Config, load_config
-from configs.errors import UserError
 from manage.charts import line_chart
 from manage.data import read_split
 from manage.network import load_hierarchy
 from utils import visualize
 from utils.cli import run_main
 from utils.dataset import find_samples
+from utils.errors import UserError
 from utils.images import read_labels, read_photo
 
 CURVES = ("loss_train", "loss_val", "mIoU")

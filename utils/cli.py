@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
-from configs.errors import UserError
+from utils.errors import UserError
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from configs.errors import UserError
+from utils.errors import UserError
 from utils.images import PHOTO_SUFFIXES, find_file, read_labels, read_photo
 from utils.transforms import to_tensors
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from configs.errors import UserError
+from utils.errors import UserError
 from utils.images import MASK_SUFFIXES, PHOTO_SUFFIXES, find_file, photo_size, read_labels, write_indexed
 from utils.locks import try_lock
 from utils.parallel import map_with_progress

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from utils.errors import UserError
 
 TAKEN_FOLDERS = ("overlay", "report", "scores")  # beside those of the levels
 TREE_KEYS = {"name", "ignore_index", "levels", "nodes"}

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
 from utils.chunks import Workspace, cuts
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
 Criterion = Callable[[Tensor, Tensor], Tensor]

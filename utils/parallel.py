@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from configs.errors import UserError
 from utils.cli import progress
+from utils.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

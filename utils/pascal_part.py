@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UserError
+from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import MASK_SUFFIXES, read_labels
 
