@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.factory import REPO
 
 
+@pytest.mark.slow
 def test_two_thousand_cases_end_in_success_or_in_a_clear_refusal():
     command = [sys.executable, "-m", "tests.fuzz", "--cases", "2000", "--seed", "0"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
