@@ -17,7 +17,7 @@ has_browser() {
 
 install_browser() {
     local as_root=; [ "$(id -u)" = 0 ] || as_root="sudo -n"
-    command -v apt-get && { [ -z "$as_root" ] || $as_root true; } || return 1
+    command -v apt-get >/dev/null && { [ -z "$as_root" ] || $as_root true; } || return 1
     echo "installing chromium and chromium-driver"
     $as_root apt-get update --quiet=2 &&
         $as_root apt-get install --yes --quiet=2 --no-install-recommends chromium chromium-driver
