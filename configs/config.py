@@ -1,26 +1,26 @@
 """Experiment configs: flat JSON <-> `Config`, strict both ways. Standard library only; importing does nothing.
 
-python configs/config.py                                        # write the defaults to configs/<exp_name>.json
-python configs/config.py exp_name=x criterion=tree_min lr=0.02  # write configs/x.json
-python configs/config.py --help                                 # every key, its default and how to choose it
+python configs/config.py exp_name=x criterion=tree_min lr=0.02          # write configs/x.json: what is not a default
+python configs/config.py --cfg configs/quickstart.json exp_name=mine    # the same, starting from another file
+python configs/config.py exp_name=x --full                              # with every key
+python configs/config.py --help                                         # every key, its default and how to choose it
 """
 
+import argparse
 import dataclasses
-import difflib
 import json
-import math
 import os
 import re
 import sys
-import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
+from configs.checks import check_value, coerce, name_of, suggest
 from utils.errors import UserError
 from utils.files import parse_json, read_json, write_whole
 
@@ -30,14 +30,28 @@ DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass"
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "poly", "cosine")
 NODE_WEIGHTS = ("none", "inverse_sqrt", "effective_number")
-LARGEST = 2**53  # of any number; above it floats skip whole numbers
 METRICS = ("mIoU", "mIoU_with_background", "pixel_accuracy", "violation_rate")
 
 # Keys that may differ when a run is resumed: they change where and how, not what is computed.
 RESUMABLE_CHANGES = frozenset(
-    "root_dir root_data_dir device num_workers save_epoch keep save_last_every_minutes skip_unreadable "
-    "eval_checkpoint decode root_bias metrics n_val_pictures log_every".split()
+    "root_dir root_data_dir device num_workers save_epoch keep skip_unreadable "
+    "eval_checkpoint decode root_bias metrics log_every".split()
 )
+
+# Keys that went: the value that changed nothing (ANY where none did), and what there is instead.
+ANY = object()
+_ONE_LOSS = "a run has one criterion; train with the first loss, then start from its checkpoint"
+_STEPS = "the step schedule goes down to a tenth after 60 % and again after 85 % of the steps"
+GONE = {
+    "vflip": (0, "training views are not turned upside down"),
+    "criterion_warmup": (None, _ONE_LOSS),
+    "criterion_warmup_epochs": (0, _ONE_LOSS),
+    "step_epochs": ([], _STEPS),
+    "step_factor": (0.1, _STEPS),
+    "on_non_finite": ("stop", "a run always stops at a loss or gradient that is not finite"),
+    "n_val_pictures": (ANY, "TensorBoard shows the first four val photos"),
+    "save_last_every_minutes": (ANY, "last.pt is saved every ten minutes and after each epoch"),
+}
 
 
 def knob(default, help: str, *, choices=None, low=None, high=None, above=None, kind=None):
@@ -89,7 +103,6 @@ class Config:
         [0.75, 1.5], "range of random scales before the crop, null: none", above=0, high=10
     )
     hflip: float = knob(0.5, "probability of a left-right flip", low=0, high=1)
-    vflip: float = knob(0.0, "probability of an upside-down flip; people do not stand on their heads", low=0, high=1)
     color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter, 0: none", low=0, high=1)
 
     # --- model ---
@@ -105,10 +118,6 @@ class Config:
     criterion: str | dict[str, float] = knob(
         "bce", 'a loss, or a weighted sum such as {"tree_min": 1.0, "bce": 1.0}', choices=CRITERIA, low=0
     )
-    criterion_warmup: str | dict[str, float] | None = knob(
-        None, "another loss for the first criterion_warmup_epochs, null: none", choices=CRITERIA, low=0
-    )
-    criterion_warmup_epochs: int = knob(0, "how many epochs are trained with criterion_warmup", low=0)
     gamma: float = knob(2.0, "focusing exponent of the focal losses, 0: the plain loss", low=0, high=10)
     node_weights: str = knob(
         "none", "weight of each node's term, from the pixel counts of the encoding", choices=NODE_WEIGHTS
@@ -122,8 +131,6 @@ class Config:
     schedule: str = knob("poly", "how lr falls from its peak, as a function of the step", choices=SCHEDULES)
     warmup_epochs: float = knob(0.0, "epochs of linear growth to lr, may be a fraction", low=0)
     poly_power: float = knob(0.9, "of the poly schedule", above=0, high=10)
-    step_epochs: list[int] = knob([], "epochs at which the step schedule multiplies lr by step_factor", low=1)
-    step_factor: float = knob(0.1, "of the step schedule", above=0, high=1)
     batch_size: int = knob(15, "crops per process and step", low=1, high=65536)
     accumulate: int = knob(
         1, "batches per optimiser step; the gradient equals that of one large batch", low=1, high=65536
@@ -136,11 +143,6 @@ class Config:
         high=0.999999,
     )
     n_epochs: int = knob(100, "passes over the training set", low=1, high=1000000)
-    on_non_finite: str = knob(
-        "stop",
-        "on a loss or gradient that is not finite; skip leaves the step out, 20 at most",
-        choices=("stop", "skip"),
-    )
 
     # --- speed ---
     amp: str = knob("off", "mixed precision of the network; the loss stays in float32", choices=("off", "bf16", "fp16"))
@@ -157,11 +159,9 @@ class Config:
         choices=METRICS,
     )
     monitor: str = knob("max mIoU1", 'what makes a checkpoint the best: "max SCORE" or "min SCORE"')
-    n_val_pictures: int = knob(4, "val photos drawn in TensorBoard at each validation", low=0, high=64)
     log_every: int = knob(10, "steps between two points of the curves loss and lr", low=1)
     save_epoch: int = knob(10, "epochs between kept checkpoints", low=1)
     keep: int = knob(5, "how many of those are kept; best and last always are", low=1)
-    save_last_every_minutes: float = knob(10.0, "time between saves of last.pt inside an epoch, 0: none", low=0)
     decode: str = knob("logit_sum", "rule from node scores to a leaf", choices=DECODE_RULES)
     root_bias: dict[str, float] = knob({}, "root name -> offset before the argmax; fit it with tools/fit_decode.py")
     eval_checkpoint: str | None = knob(
@@ -223,8 +223,10 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     """
     values = {} if path is None else read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object of config keys, found {_name_of(values)}")
+        raise UserError(f"{path}: expected a JSON object of config keys, found {name_of(values)}")
     source = str(path) if path is not None else "the defaults"
+    if path is not None and _is_copy_of_a_run(Path(path)):
+        values = without_gone(values)
     return config_from_dict(
         values | parse_overrides(overrides), source if not overrides else f"{source} with overrides"
     )
@@ -232,21 +234,41 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
 def config_from_dict(values: dict, source: str) -> Config:
     """A config from plain JSON values; `source` is named in errors."""
+    gone = [f"{key!r} ({GONE[key][1]})" for key in values if key in GONE]
+    if gone:
+        raise UserError(f"{source}: leave out what is no longer a key: {', '.join(gone)}")
     for key in values:
         if key not in FIELDS:
-            raise UserError(
-                f"{source}: unknown key {key!r}{_suggest(key) or '.'} `python configs/config.py --help` lists all keys"
-            )
+            meant = suggest(key, FIELDS) or "."
+            raise UserError(f"{source}: unknown key {key!r}{meant} `python configs/config.py --help` lists all keys")
     try:
         return Config(**values)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes the config as JSON, one key a line."""
-    path = Path(path)
-    lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in config.to_dict().items()]
+def without_gone(values: dict, any_value: bool = False) -> dict:
+    """A config that an earlier version recorded, less the keys that went and changed nothing (or all that went)."""
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in GONE or not (any_value or GONE[key][0] is ANY or GONE[key][0] == value)
+    }
+
+
+def _is_copy_of_a_run(path: Path) -> bool:
+    """experiments/<name>/configs/<name>.json"""
+    folder = path.resolve().parent
+    return folder.name == "configs" and folder.parent.name == path.stem
+
+
+def save_config(config: Config, path: str | Path, full: bool = True) -> None:
+    """Writes the config as JSON, one key a line: all of them, or exp_name and those that differ from the defaults."""
+    path, values = Path(path), config.to_dict()
+    if not full:
+        changed = differences(config, Config())
+        values = {key: value for key, value in values.items() if key == "exp_name" or key in changed}
+    lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole("{\n" + ",\n".join(lines) + "\n}\n", path)
@@ -280,12 +302,11 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple]:
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
 
 
-# --- checks ---
 def _check(config: Config) -> None:
     for key, field in FIELDS.items():
-        value = _coerce(key, getattr(config, key), TYPES[key])
+        value = coerce(key, getattr(config, key), TYPES[key])
         setattr(config, key, value)
-        _check_value(key, value, field.metadata)
+        check_value(key, value, field.metadata)
     if config.crop_size % 32:
         raise UserError(
             f"key 'crop_size': {config.crop_size} is not a multiple of 32; use {config.crop_size // 32 * 32 + 32}"
@@ -298,125 +319,22 @@ def _check(config: Config) -> None:
         raise UserError(
             f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(config.decoder_channels)}"
         )
-    for key in ("criterion", "criterion_warmup"):
-        spec = getattr(config, key)
-        if isinstance(spec, dict) and not sum(spec.values()) > 0:
-            raise UserError(f"key {key!r}: expected at least one loss with a weight above 0")
-    if (config.criterion_warmup is None) != (config.criterion_warmup_epochs == 0):
-        raise UserError("keys 'criterion_warmup' and 'criterion_warmup_epochs' go together; set both, or neither")
-    if config.criterion_warmup_epochs >= config.n_epochs:
-        raise UserError(
-            f"key 'criterion_warmup_epochs': {config.criterion_warmup_epochs} leaves no epoch of n_epochs "
-            f"{config.n_epochs} to 'criterion'; lower it"
-        )
+    if isinstance(config.criterion, dict) and not sum(config.criterion.values()) > 0:
+        raise UserError("key 'criterion': expected at least one loss with a weight above 0")
     if not re.fullmatch(r"(max|min) \S+", config.monitor):
         raise UserError(f'key \'monitor\': expected "max SCORE" or "min SCORE", found {config.monitor!r}')
     if config.pretrained and config.encoder_weights is not None:
         raise UserError(
             "keys 'pretrained' and 'encoder_weights' exclude each other; set pretrained to false to use the file"
         )
-    if config.schedule == "step" and not config.step_epochs:
-        raise UserError("key 'step_epochs': the step schedule needs at least one epoch, such as [60, 80]")
     if config.warmup_epochs >= config.n_epochs:
         raise UserError(
             f"key 'warmup_epochs': {config.warmup_epochs:g} leaves nothing of n_epochs {config.n_epochs}; lower it"
         )
 
 
-def _coerce(key: str, value, hint):
-    """The value in the key's type; an int where a float is meant is converted."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        origin, inner = typing.get_origin(option) or option, typing.get_args(option)
-        if origin is float and type(value) is int and abs(value) <= LARGEST:
-            return float(value)
-        if origin is list and type(value) is list:
-            return [_coerce(f"{key}[{i}]", item, inner[0]) for i, item in enumerate(value)]
-        if origin is dict and type(value) is dict:
-            return {name: _coerce(f"{key}.{name}", item, inner[1]) for name, item in value.items()}
-        if type(value) is origin:
-            return value
-    expected = " or ".join(_name_of_type(option) for option in options)
-    raise UserError(f"key {key!r}: expected {expected}, found {_name_of(value)} {_short(value)}")
-
-
-def _check_value(key: str, value, rule) -> None:
-    if isinstance(value, list):
-        for item in value:
-            _check_value(key, item, rule)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if rule["choices"] is not None:
-                _check_choice(key, name, rule["choices"])
-            _check_number(f"{key}.{name}", item, rule)
-    elif isinstance(value, bool) or value is None:
-        return
-    elif isinstance(value, int | float):
-        _check_number(key, value, rule)
-    else:
-        if rule["choices"] is not None:
-            _check_choice(key, value, rule["choices"])
-        _check_text(key, value, rule["kind"])
-
-
-def _check_choice(key: str, value: str, choices) -> None:
-    if value not in choices:
-        raise UserError(f"key {key!r}: {_short(value)} is not one of {', '.join(choices)}{_suggest(value, choices)}")
-
-
-def _check_number(key: str, value, rule) -> None:
-    low, high, above = rule["low"], rule["high"], rule["above"]
-    found = f"found {_short(value)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"key {key!r}: expected a finite number, {found}")
-    if low is not None and value < low:
-        raise UserError(f"key {key!r}: expected at least {low}, {found}")
-    if above is not None and value <= above:
-        raise UserError(f"key {key!r}: expected more than {above}, {found}")
-    if value > (LARGEST if high is None else high):
-        raise UserError(f"key {key!r}: expected at most {LARGEST if high is None else high}, {found}")
-
-
-def _check_text(key: str, value: str, kind: str | None) -> None:
-    if not value or "\0" in value or any(0xD800 <= ord(c) < 0xE000 for c in value):
-        raise UserError(f"key {key!r}: expected a text of printable characters, found {_short(value)}")
-    if kind == "name" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        raise UserError(
-            f"key {key!r}: expected letters, digits, '.', '_' and '-' (at most 100, no folders), found {_short(value)}"
-        )
-    if kind == "inside" and (PurePosixPath(value).is_absolute() or ".." in re.split(r"[/\\]", value)):
-        raise UserError(f"key {key!r}: expected a place inside root_data_dir, found {_short(value)}")
-    if kind in ("path", "inside") and (
-        len(os.fsencode(value)) > 1000 or any(len(os.fsencode(name)) > 255 for name in value.split("/"))
-    ):
-        raise UserError(f"key {key!r}: a path of {len(value)} characters is too long, or a name in it is")
-    if kind == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
-        raise UserError(f"key {key!r}: expected auto, cpu, mps, cuda or cuda:<number>, found {_short(value)}")
-
-
-# --- messages ---
-def _suggest(word: str, choices=None) -> str:
-    close = difflib.get_close_matches(str(word), choices if choices is not None else list(FIELDS), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _name_of_type(kind) -> str:
-    kind = typing.get_origin(kind) or kind
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
-    return names.get(kind, "an object" if kind is dict else "null")
-
-
-def _name_of(value) -> str:
-    return _name_of_type(type(value))
-
-
-def _short(value) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _help() -> str:
-    lines = [__doc__, "keys:"]
+def _keys() -> str:
+    lines = ["keys:"]
     for key, field in FIELDS.items():
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         choices = field.metadata["choices"]
@@ -426,21 +344,24 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(_help())
-        return
-    config = load_config(None, arguments)
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_keys(), formatter_class=raw)
+    parser.add_argument("--cfg", metavar="BASE", help="start from this file instead of the defaults")
+    parser.add_argument("--full", action="store_true", help="write every key, not only those that differ")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs")
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.cfg, arguments.overrides)
     path = REPOSITORY / "configs" / f"{config.exp_name}.json"
     if path.exists() and load_config(path) != config:
         raise UserError(f"{path} exists with other values; choose another exp_name, or delete the file first")
-    save_config(config, path)
+    save_config(config, path, arguments.full)
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)

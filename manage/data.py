@@ -63,7 +63,6 @@ def train_loader(config: Config, hierarchy: Hierarchy, rank: int, world: int) ->
         config.short_side,
         config.scale_jitter,
         config.hflip,
-        config.vflip,
         config.color_jitter,
         hierarchy.ignore_index,
     )

@@ -30,6 +30,8 @@ from utils.hierarchy import Hierarchy
 from utils.images import write_indexed
 from utils.metrics import LevelScores
 
+N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
+
 
 @dataclass
 class Prediction:
@@ -97,7 +99,7 @@ def validate(
             meter.update(leaves, labels, logits)
             known = (labels != hierarchy.ignore_index).sum()
             loss_sum += torch.stack([criterion(logits, labels) * known, known])
-            if len(pictures) < config.n_val_pictures:
+            if len(pictures) < N_PICTURES:
                 pictures[f"{loader.dataset.files[prediction.index].photo.stem}"] = _panel(prediction, leaves, hierarchy)
     bar.close()
     distributed.sum_over_processes([*meter.tensors(), loss_sum])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from configs.config import Config, config_from_dict
+from configs.config import Config, config_from_dict, without_gone
 from manage.checkpoint import DamagedCheckpoint
 from models.hseg import HSEG
 from utils.errors import UserError
@@ -80,7 +80,9 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
         saved, tree, weights = state["config"], state["tree"], state["ema"] or state["model"]
     except KeyError as error:
         raise DamagedCheckpoint(f"{source}: lacks {error}; expected a checkpoint written by train.py") from None
-    config = config_from_dict(saved | {"pretrained": False, "encoder_weights": None}, f"{source}, its config")
+    config = config_from_dict(
+        without_gone(saved, any_value=True) | {"pretrained": False, "encoder_weights": None}, f"{source}, its config"
+    )
     hierarchy = Hierarchy.from_dict(tree, f"{source}, its tree")
     network = HSEG(config.encoder, hierarchy.num_nodes, decoder_channels=config.decoder_channels)
     load_weights(network, weights, source)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from configs.config import Config, config_from_dict
+from configs.config import Config, config_from_dict, without_gone
 from manage import distributed
 from manage.checkpoint import (
     DamagedCheckpoint,
@@ -52,7 +52,7 @@ from utils.losses import build_criterion, node_weights
 from utils.schedules import lr_factor
 from utils.transforms import normalise
 
-MAX_SKIPPED_STEPS = 20
+SAVE_EVERY_S = 600  # last.pt, inside an epoch
 
 
 class Interrupted(Exception):
@@ -82,7 +82,7 @@ class TrainManager:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_steps = 0  # in the sum: those of this epoch that were not left out
         self.best: float | None = None
-        self.skipped_steps, self.seconds = 0, 0.0
+        self.seconds = 0.0
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
         self.val_tolerance = Tolerance(config.skip_unreadable, self.val_ids)
         self.signal: int | None = None  # what this process was told
@@ -106,9 +106,6 @@ class TrainManager:
             self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         weights = node_weights(config.node_weights, self.encoding.labelled, self.hierarchy)
         self.criterion = build_criterion(config.criterion, self.hierarchy, config.gamma, weights)
-        self.warmup_criterion = None
-        if config.criterion_warmup is not None:
-            self.warmup_criterion = build_criterion(config.criterion_warmup, self.hierarchy, config.gamma, weights)
         self.optimizer = build_optimizer(self.network, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.trained: nn.Module = self.network
@@ -153,7 +150,7 @@ class TrainManager:
         source, state = str(found[0]), found[1]
         check_same_network(config, self.hierarchy, state, source)
         check_same_tree(config, self.hierarchy, state, source)
-        check_resumable(config, config_from_dict(state["config"], f"{source}, its config"), source)
+        check_resumable(config, config_from_dict(without_gone(state["config"]), f"{source}, its config"), source)
         self._check_same_photos(state, source)
         try:
             self.load_state(state, source)
@@ -189,7 +186,6 @@ class TrainManager:
             "loss_sum": self.loss_sum,
             "loss_steps": self.loss_steps,
             "best": self.best,
-            "skipped_steps": self.skipped_steps,
             "faults": [self.tolerance.faults, self.val_tolerance.faults],
             "seconds": self.seconds,
             "world": self.world,
@@ -215,7 +211,7 @@ class TrainManager:
                 )
 
     def load_state(self, state: dict, source: str) -> None:
-        if not all(type(state[key]) is int for key in ("epoch", "batch", "step", "skipped_steps", "world")):
+        if not all(type(state[key]) is int for key in ("epoch", "batch", "step", "world")):
             raise DamagedCheckpoint(f"{source}: holds no whole numbers of epoch and step; use another checkpoint")
         load_weights(self.network, state["model"], source)
         if self.ema:
@@ -230,7 +226,7 @@ class TrainManager:
             self.step = self.epoch * self.steps_per_epoch + self.batch // self.config.accumulate
         self.loss_sum.copy_(state["loss_sum"])
         self.loss_steps = int(state.get("loss_steps", state["batch"] // self.config.accumulate))  # older ones lack it
-        self.best, self.skipped_steps, self.seconds = state["best"], state["skipped_steps"], state["seconds"]
+        self.best, self.seconds = state["best"], state["seconds"]
         self.tolerance.faults, self.val_tolerance.faults = map(dict, state["faults"])
         set_random_state(state["random"], self.device)
 
@@ -310,9 +306,7 @@ class TrainManager:
             if self.step % config.log_every == 0:
                 self._log_step(bar, loss, seen / (now - began))
             self._stop_if_asked()
-            if config.save_last_every_minutes and distributed.agree(
-                now - last_save > 60 * config.save_last_every_minutes
-            ):
+            if distributed.agree(now - last_save > SAVE_EVERY_S):
                 last_save = now
                 self.save("last")
         bar.close()
@@ -334,7 +328,7 @@ class TrainManager:
         The loss of each part is weighted by its share of known pixels, so that batches, accumulated batches and
         processes add up to the gradient of one large batch.
         """
-        lr = self.config.lr * lr_factor(self.step, self.steps_per_epoch, self.config)
+        lr = self.config.lr * self._lr_factor()
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -345,13 +339,11 @@ class TrainManager:
         distributed.sum_over_processes([total])
         shares = known / total.clamp(min=1)
         step_loss = torch.zeros((), device=self.device)
-        is_warming_up = self.epoch < self.config.criterion_warmup_epochs
-        criterion = self.warmup_criterion if is_warming_up else self.criterion
         for part, (images, labels) in enumerate(on_device):
             with self._without_sync(part < len(group) - 1):
                 with autocast(self.device, self.config.amp):
                     logits = self.trained(images)
-                loss = criterion(logits.float(), labels) * shares[part]
+                loss = self.criterion(logits.float(), labels) * shares[part]
                 self.scaler.scale(loss * self.world).backward()  # DDP averages, we want the sum
             step_loss += loss.detach()
         distributed.sum_over_processes([step_loss])
@@ -364,8 +356,13 @@ class TrainManager:
         self.scaler.update()
         return step_loss
 
+    def _lr_factor(self) -> float:
+        config, steps = self.config, self.steps_per_epoch
+        warmup, total = config.warmup_epochs * steps, config.n_epochs * steps
+        return lr_factor(config.schedule, self.step, total, warmup, config.poly_power)
+
     def _gradient_is_fine(self, loss: Tensor, group: list[Sample]) -> bool:
-        """Clips, and handles a loss or gradient that is not finite as the config says."""
+        """Clips, and stops at a loss or gradient that is not finite."""
         self.scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
@@ -377,20 +374,14 @@ class TrainManager:
         return False
 
     def _on_non_finite(self, loss: float, norm: float, group: list[Sample]) -> None:
-        """Leaves the step out, or stops. All processes come here in the same step: loss and gradient are of all."""
+        """Stops the run. All processes come here in the same step: loss and gradient are of all."""
         ids = [self.train_ids[index] for batch in group for index in batch.index.tolist()]
         photos = "Photos: " + ", ".join(sample_id for part in distributed.gather(ids) for sample_id in part)
         what = f"step {self.step} (epoch {self.epoch + 1}): loss {loss:g}, gradient norm {norm:g}"
         for buffer, before in zip(self.network.buffers(), self.buffers_before, strict=True):
             buffer.copy_(before)  # BatchNorm has seen the bad batch
-        self.skipped_steps += 1
-        if self.config.on_non_finite == "skip" and self.skipped_steps <= MAX_SKIPPED_STEPS:
-            self.say(f"warning: {what}; the step is left out ({self.skipped_steps} so far). {photos}")
-            return
-        allowed = f" ({MAX_SKIPPED_STEPS} steps were left out before)" if self.config.on_non_finite == "skip" else ""
         raise UserError(
-            f"{what} is not finite{allowed}. {photos}. {self._save_batch(group, ids)}. "
-            "Lower lr, set grad_clip (such as 1.0), or on_non_finite=skip"
+            f"{what} is not finite. {photos}. {self._save_batch(group, ids)}. Lower lr, or set grad_clip (such as 1.0)"
         )
 
     def _save_batch(self, group: list[Sample], ids: list[str]) -> str:

@@ -30,7 +30,6 @@ TINY = {
     "criterion": "tree_min",
     "batch_size": 2,
     "n_epochs": 3,
-    "n_val_pictures": 1,
     "log_every": 1,
     "save_epoch": 1,
     "keep": 2,
@@ -93,10 +92,11 @@ def curves(root: Path, name: str = "tiny") -> dict[str, list[tuple[int, float]]]
 class Child:
     """One run of train.py or evaluate.py in a process of its own, with a slim network unless `real`.
 
-    `prepare(*details)` is called there first; what was printed is in `output`.
+    `prepare` holds a function and its arguments, or a list of such tuples, called there first (see tests/kill.py);
+    what was printed is in `output`.
     """
 
-    def __init__(self, script: str, *arguments, log: Path, real: bool = False, prepare: tuple = ()) -> None:
+    def __init__(self, script: str, *arguments, log: Path, real: bool = False, prepare: tuple | list = ()) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preloaded"])
         self.log = log
@@ -126,13 +126,20 @@ class Child:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def run(script: str, *arguments, log: Path, real: bool = False, prepare: tuple = ()) -> tuple[int, str]:
+def run(script: str, *arguments, log: Path, real: bool = False, prepare: tuple | list = ()) -> tuple[int, str]:
     """Exit status and output of one run."""
     child = Child(script, *arguments, log=log, real=real, prepare=prepare)
     return child.wait(), child.output
 
 
-def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...]) -> None:
+def save_each_step() -> None:
+    """Prepares a child to write last.pt after every step."""
+    import manage.train_manager
+
+    manage.train_manager.SAVE_EVERY_S = 0
+
+
+def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...] | list[tuple]) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -145,8 +152,8 @@ def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...]
 
         if not real:
             slim_down()
-        if prepare:
-            prepare[0](*prepare[1:])
+        for function, *details in prepare if isinstance(prepare, list) else [prepare] if prepare else []:
+            function(*details)
         run_main(MAINS[command[0]])
     except Exception:
         traceback.print_exc()

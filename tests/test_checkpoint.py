@@ -21,7 +21,7 @@ from manage.checkpoint import (
     newest_valid,
     pack,
 )
-from tests.factory import Child, make_data, records, run, write_config
+from tests.factory import Child, make_data, records, run, save_each_step, write_config
 from utils.errors import UserError
 from utils.files import write_whole
 
@@ -38,7 +38,7 @@ def train(data, tmp_path):
     """Trains in tmp_path and returns exit status and output."""
 
     def start(*arguments, prepare=(), **keys):
-        keys = {"n_epochs": 2, "n_val_pictures": 0} | keys
+        keys = {"n_epochs": 2} | keys
         cfg = write_config(tmp_path, data, **keys)
         return run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
 
@@ -230,7 +230,7 @@ def small_disk(tmp_path):
 
 
 def test_on_a_disk_that_is_really_full_the_old_checkpoints_stay_whole(small_disk, data, tmp_path):
-    cfg = write_config(small_disk, data, n_epochs=4, n_val_pictures=0, keep=50)
+    cfg = write_config(small_disk, data, n_epochs=4, keep=50)
     status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log")
     assert status == 2, output
     assert "No space left on device" in output
@@ -256,7 +256,7 @@ def wait_in_epoch_two(place: str) -> None:
 
 
 def test_a_vanished_folder_is_made_anew_and_the_run_can_be_resumed(data, tmp_path):
-    cfg = write_config(tmp_path, data, n_epochs=3, n_val_pictures=0)
+    cfg = write_config(tmp_path, data, n_epochs=3)
     signal_file = tmp_path / "go"
     child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=(wait_in_epoch_two, str(signal_file)))
     child.wait_for("waiting")
@@ -296,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(data, tmp_pa
 
 
 def test_a_folder_that_becomes_read_only_keeps_what_there_was(data, tmp_path, folder, read_only):
-    cfg = write_config(tmp_path, data, n_epochs=2, n_val_pictures=0)
+    cfg = write_config(tmp_path, data, n_epochs=2)
     prepare = (wait_in_epoch_two, str(tmp_path / "go"))
     child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=prepare)
     child.wait_for("waiting")
@@ -308,8 +308,8 @@ def test_a_folder_that_becomes_read_only_keeps_what_there_was(data, tmp_path, fo
 
 
 def test_inside_an_epoch_last_is_saved_by_the_clock(data, tmp_path, folder):
-    cfg = write_config(tmp_path, data, n_epochs=1, save_last_every_minutes=1e-9)
-    child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=(die_in_step, 1))
+    cfg = write_config(tmp_path, data, n_epochs=1)
+    child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=[(save_each_step,), (die_in_step, 1)])
     child.wait()
     state = load_checkpoint(folder / "last.pt")
     assert (state["epoch"], state["batch"], state["step"]) == (0, 1, 1)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from configs.config import (
     FIELDS,
+    GONE,
     TYPES,
     Config,
     config_from_dict,
@@ -21,6 +22,7 @@ from configs.config import (
     load_config,
     parse_overrides,
     save_config,
+    without_gone,
 )
 from tests.conftest import REPO
 from utils.errors import UserError
@@ -49,13 +51,17 @@ def test_what_is_saved_is_read_again(tmp_path, path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_config_holds_every_key_once_in_order_and_is_named_as_its_file(tmp_path, path):
+def test_a_shipped_config_says_what_differs_from_the_defaults_and_is_named_as_its_file(tmp_path, path):
     config = load_config(path)
-    save_config(config, tmp_path / "a.json")
+    save_config(config, tmp_path / "a.json", full=False)
     assert path.read_text() == (tmp_path / "a.json").read_text(), "write it with save_config"
-    pairs = json.loads(path.read_text(), object_pairs_hook=lambda pairs: pairs)
-    assert [key for key, _ in pairs] == list(FIELDS)
+    assert set(json.loads(path.read_text())) == {"exp_name", *differences(config, Config())}
     assert config.exp_name == path.stem
+
+
+def test_a_full_config_holds_every_key_in_order(tmp_path):
+    save_config(Config(), tmp_path / "a.json")
+    assert list(json.loads((tmp_path / "a.json").read_text())) == list(FIELDS)
 
 
 def test_there_are_shipped_configs():
@@ -141,6 +147,23 @@ def test_an_unknown_key_is_answered_in_whole_sentences():
         config_from_dict({"qqqq": 4}, "c.json")
 
 
+@pytest.mark.parametrize("key", GONE)
+def test_a_key_that_went_is_named_with_what_there_is_instead(key):
+    with pytest.raises(UserError, match=rf"^c\.json: leave out what is no longer a key: '{key}' \(\w"):
+        config_from_dict({key: 1}, "c.json")
+
+
+def test_the_copy_of_an_old_run_may_hold_keys_that_went_if_they_changed_nothing(tmp_path):
+    copy = tmp_path / "experiments" / "x" / "configs" / "x.json"
+    copy.parent.mkdir(parents=True)
+    copy.write_text('{"exp_name": "x", "vflip": 0.0, "step_epochs": [], "n_val_pictures": 9}')
+    assert load_config(copy) == Config(exp_name="x")
+    copy.write_text('{"exp_name": "x", "vflip": 0.5, "step_epochs": []}')
+    with pytest.raises(UserError, match=r"x\.json: leave out .*: 'vflip' \("):
+        load_config(copy)
+    assert without_gone({"vflip": 0.5, "lr": 1}, any_value=True) == {"lr": 1}
+
+
 def test_a_folder_is_no_config(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); expected a JSON file"):
         load_config(tmp_path)
@@ -164,7 +187,7 @@ def test_a_config_that_cannot_be_written_is_said(tmp_path):
         ("n_val_photos=null", None),
         ("criterion=tree_min", "tree_min"),
         ('criterion={"bce": 1, "tree_min": 2}', {"bce": 1, "tree_min": 2}),
-        ("step_epochs=[6, 8]", [6, 8]),
+        ("decoder_channels=[6, 8]", [6, 8]),
         ("exp_name=2024", "2024"),  # a name, not a number
         ("device=cuda:1", "cuda:1"),
         ("root_dir=/a=b", "/a=b"),
@@ -206,7 +229,7 @@ def test_a_mistaken_override_is_named(overrides, part):
 @pytest.fixture
 def script(tmp_path):
     """Runs a copy of configs/config.py, which writes beside itself; from another folder."""
-    for name in ("configs/__init__.py", "configs/config.py", "utils/errors.py", "utils/files.py"):
+    for name in ("configs/__init__.py", "configs/config.py", "configs/checks.py", "utils/errors.py", "utils/files.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
 
@@ -232,6 +255,15 @@ def test_the_script_writes_a_config_and_overwrites_no_other_values(script, tmp_p
     done = script("exp_name=x")
     assert (done.returncode, path.read_text()) == (2, "{")
     assert done.stderr.startswith(f"error: {path}, line 1: not valid JSON")
+
+
+def test_the_script_starts_from_another_file_and_writes_what_differs_or_everything(script, tmp_path):
+    (tmp_path / "base.json").write_text('{"exp_name": "base", "lr": 0.5}')
+    assert script("--cfg", str(tmp_path / "base.json"), "exp_name=y", "seed=3").returncode == 0
+    path = tmp_path / "configs" / "y.json"
+    assert json.loads(path.read_text()) == {"exp_name": "y", "seed": 3, "lr": 0.5}
+    assert script("exp_name=z", "--full").returncode == 0
+    assert list(json.loads(path.with_name("z.json").read_text())) == list(FIELDS)
 
 
 def test_the_script_without_arguments_writes_the_defaults(script, tmp_path):

@@ -69,7 +69,7 @@ def test_too_few_photos_for_a_step_are_refused():
 
 
 def view(**changes) -> RandomView:
-    keys = {"size": 32, "short_side": None, "scale_jitter": None, "hflip": 0.0, "vflip": 0.0, "color_jitter": 0.0}
+    keys = {"size": 32, "short_side": None, "scale_jitter": None, "hflip": 0.0, "color_jitter": 0.0}
     return RandomView(**keys | {"void": VOID} | changes)
 
 
@@ -81,7 +81,7 @@ def blocks(height: int, width: int) -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(photo), labels
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale_jitter": [2.0, 4.0]}, {"hflip": 1.0}, {"vflip": 1.0}])
+@pytest.mark.parametrize("changes", [{}, {"scale_jitter": [2.0, 4.0]}, {"hflip": 1.0}])
 def test_photo_and_labels_are_cut_turned_and_scaled_together(changes):
     photo, labels = blocks(80, 96)
     for seed in range(10):

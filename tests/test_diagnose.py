@@ -91,7 +91,7 @@ def test_nothing_seen_is_none(tree: Hierarchy) -> None:
 
 def test_checkpoints_of_a_run_become_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path / "data", train=4, val=1)
-    TrainManager(load_config(write_config(tmp_path, tmp_path / "data", n_epochs=2, n_val_pictures=0))).run()
+    TrainManager(load_config(write_config(tmp_path, tmp_path / "data", n_epochs=2))).run()
     folder, out = tmp_path / "experiments" / "tiny", tmp_path / "out"
     monkeypatch.setattr("sys.argv", ["diagnose.py", str(folder), "--photos", "3", "--out", str(out)])
     tool.main()

@@ -27,7 +27,6 @@ SMALL = {
     "n_epochs": 2,
     "num_workers": 0,
     "device": "cpu",
-    "n_val_pictures": 0,
     "log_every": 1,
     "save_epoch": 1,
 }

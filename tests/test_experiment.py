@@ -347,7 +347,7 @@ def epochs(root: Path) -> int:
 
 def test_a_runner_that_is_stopped_and_killed_goes_on(tmp_path: Path) -> None:
     make_data(tmp_path / "data", train=4, val=2)
-    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=3, n_val_pictures=0)
+    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=3)
     path = write_runs(tmp_path, {"name": "tm", "cfg": str(cfg), "seeds": [0]})
     for end, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         before, runner = epochs(tmp_path), start(path, tmp_path / "docs")

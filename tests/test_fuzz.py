@@ -283,7 +283,7 @@ def use_config(config: Config) -> None:
     next(iter(batches))
     val_loader(config, hierarchy, ["p04"])
     for step in (0, 1, batches.n_batches * config.n_epochs):
-        assert 0 <= lr_factor(step, batches.n_batches, config) <= 1
+        assert 0 <= lr_factor(config.schedule, step, batches.n_batches * config.n_epochs) <= 1
 
 
 def use_tree(h: Hierarchy) -> None:

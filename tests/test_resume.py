@@ -1,6 +1,5 @@
 """A training that was killed, told to stop, or lost its newest checkpoint ends with the very bits of one left alone."""
 
-import itertools
 import os
 import random
 import shutil
@@ -11,10 +10,10 @@ import pytest
 import torch
 
 from manage.checkpoint import load_checkpoint
-from tests.factory import Child, curves, make_data, records, run, write_config
+from tests.factory import Child, curves, make_data, records, run, save_each_step, write_config
+from tests.kill import kill_at, kill_half_written
 
 KILLS = 20
-EACH_STEP = 1e-9  # save_last_every_minutes: a checkpoint after every step
 PLAIN = {"num_workers": 0, "optimizer": "sgd"}
 RICH = {"num_workers": 2, "optimizer": "adamw", "lr": 0.003, "ema_decay": 0.9, "color_jitter": 0.3, "accumulate": 2}
 TIMED = ("train/photos_per_second", "train/memory_GiB")
@@ -29,9 +28,10 @@ def data(tmp_path_factory):
 def untouched(request, data, tmp_path_factory):
     """A run that nobody disturbs: its folder, its keys and how long it took."""
     root = tmp_path_factory.mktemp("untouched")
-    keys = {"n_epochs": 4, "val_every": 2, "n_val_pictures": 0, "save_last_every_minutes": EACH_STEP} | request.param
+    keys = {"n_epochs": 4, "val_every": 2} | request.param
     began = time.monotonic()
-    status, output = run("train.py", "--cfg", write_config(root, data, **keys), log=root / "log")
+    cfg = write_config(root, data, **keys)
+    status, output = run("train.py", "--cfg", cfg, log=root / "log", prepare=(save_each_step,))
     assert status == 0, output
     return root, keys, time.monotonic() - began
 
@@ -82,7 +82,7 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(untouched, d
         while status != 0:
             lives += 1
             arguments = ["--resume"] if (root / "experiments/tiny/configs/tiny.json").exists() else []
-            child = Child("train.py", "--cfg", cfg, *arguments, log=root / "log")
+            child = Child("train.py", "--cfg", cfg, *arguments, log=root / "log", prepare=(save_each_step,))
             if kills < KILLS:
                 child.process.join(chance.uniform(0, 0.6 * seconds))
                 child.process.kill()
@@ -94,79 +94,24 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bits(untouched, d
     assert inside_an_epoch > 0
 
 
-WRITING = (
-    "open",
-    "half written",
-    "before fsync",
-    "before previous",
-    "between the renames",
-    "before sync of the folder",
-)
-
-
-def die_while_writing(point: str, save: int) -> None:
-    """Prepares a child to kill itself at a point of its `save`-th checkpoint."""
-    import builtins
-
-    import manage.checkpoint as module
-
-    count = {"open": 0}
-
-    def die_if(where: str) -> None:
-        if where == point and count["open"] >= save:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    class Dying:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def write(self, data):
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            die_if("half written")
-            return self.file.write(data[len(data) // 2 :])
-
-    def opened(path, mode="r"):
-        count["open"] += 1
-        die_if("open")
-        return Dying(builtins.open(path, mode))
-
-    class DyingOs:
-        def __getattr__(self, name):
-            return getattr(os, name)
-
-        def fsync(self, handle):
-            die_if("before fsync")
-            os.fsync(handle)
-
-        def replace(self, source, target):
-            die_if("before previous" if str(target).endswith("previous.pt") else "between the renames")
-            os.replace(source, target)
-
-    def sync_folder(folder):
-        die_if("before sync of the folder")
-
-    module.open, module.os, module._sync_folder = opened, DyingOs(), sync_folder
+BESIDE = "*/.*.pt.*.part"  # what a checkpoint is written to before it gets its name
+WRITING = {
+    "before the file": (kill_at, "open", BESIDE, 1),
+    "half written": (kill_half_written, 100_000),  # a checkpoint has twice as much, all else less
+    "before previous": (kill_at, "os.rename", "*/previous.pt", 2),
+    "between the renames": (kill_at, "os.rename", "*/.last.pt.*.part", 3),
+    "before sync of the folder": (kill_at, "open", "*/models_checkpoints", 3),
+}
 
 
 def test_killed_at_every_point_of_writing_a_checkpoint_it_ends_with_the_same_bits(untouched, data, tmp_path):
     reference, keys, _ = untouched
     cfg = write_config(tmp_path, data, **keys)
     arguments, folder = [], tmp_path / "experiments/tiny/models_checkpoints"
-    for save, point in enumerate(WRITING, start=1):
-        status, output = run(
-            "train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=(die_while_writing, point, save)
-        )
-        assert status == -signal.SIGKILL, f"{point}: {output}"
+    for point, kill in WRITING.items():
+        prepare = [(save_each_step,), kill]
+        status, output = run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
+        assert status in (-signal.SIGKILL, -signal.SIGXFSZ), f"{point}: {output}"
         assert "damaged" not in output
         arguments = ["--resume"]
     status, output = run("train.py", "--cfg", cfg, "--resume", log=tmp_path / "log")
@@ -178,7 +123,7 @@ def test_killed_at_every_point_of_writing_a_checkpoint_it_ends_with_the_same_bit
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_at_the_next_step_and_the_run_goes_on_from_there(untouched, data, tmp_path, number):
     reference, keys, _ = untouched
-    cfg = write_config(tmp_path, data, **keys | {"save_last_every_minutes": 0})
+    cfg = write_config(tmp_path, data, **keys)
     child = Child("train.py", "--cfg", cfg, log=tmp_path / "log")
     child.wait_for("mIoU1")  # after the second epoch
     os.kill(child.process.pid, number)
@@ -306,7 +251,7 @@ def test_two_damaged_checkpoints_push_no_whole_one_out(untouched, data, tmp_path
         cfg,
         "--resume",
         log=tmp_path / "log",
-        prepare=(die_while_writing, "between the renames", 1),
+        prepare=(kill_at, "os.rename", "*/.last.pt.*.part", 1),
     )
     assert status == -signal.SIGKILL, output
     assert "previous.pt at epoch 4" in output
@@ -326,34 +271,25 @@ def test_a_run_may_begin_again_from_an_older_checkpoint(untouched, data, tmp_pat
     assert_same_run(tmp_path, reference)
 
 
-def die_while_going_back(call: str, number: int) -> None:
-    """Prepares a child to kill itself at its `number`-th call, having begun with it."""
-    from manage import checkpoint, experiment
-
-    module, name = {"save": (checkpoint.os, "replace"), "cut": (experiment.os, "truncate")}.get(
-        call, (experiment.shutil, call)
-    )
-    action, calls = getattr(module, name), itertools.count(1)
-
-    def dying(*arguments, **options):
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return action(*arguments, **options)
-
-    setattr(module, name, dying)
+GOING_BACK = [
+    ("shutil.copyfile", "*/metrics.jsonl", 1),
+    ("shutil.copyfile", "*/events.out.*", 1),
+    ("shutil.move", "*.pt", 1),
+    ("shutil.move", "*.pt", 2),
+    ("os.rename", "*/.last.pt.*.part", 1),
+    ("os.truncate", "*", 1),
+    ("os.rename", "*/.last.pt.*.part", 2),
+]
 
 
-GOING_BACK = [("copy2", 1), ("copy2", 2), ("move", 1), ("move", 2), ("save", 1), ("cut", 1), ("save", 3)]
-
-
-@pytest.mark.parametrize(("call", "number"), GOING_BACK)
-def test_going_back_loses_nothing_wherever_it_is_killed(untouched, data, tmp_path, call, number):
+@pytest.mark.parametrize(("event", "path", "number"), GOING_BACK)
+def test_going_back_loses_nothing_wherever_it_is_killed(untouched, data, tmp_path, event, path, number):
     reference, keys, _ = untouched
     for name in ("experiments", "tensorboard"):
         shutil.copytree(reference / name, tmp_path / name)
     cfg = write_config(tmp_path, data, **keys)
     arguments, log = ("train.py", "--cfg", cfg, "--resume"), tmp_path / "log"
-    status, output = run(*arguments, "checkpoint_3", log=log, prepare=(die_while_going_back, call, number))
+    status, output = run(*arguments, "checkpoint_3", log=log, prepare=(kill_at, event, path, number))
     assert status == -signal.SIGKILL, output
     assert "newer than checkpoint_3.pt: last.pt" in output
     status, output = run(*arguments, log=log)
@@ -361,7 +297,7 @@ def test_going_back_loses_nothing_wherever_it_is_killed(untouched, data, tmp_pat
     assert_same_run(tmp_path, reference)
     kept = {*(tmp_path / "experiments").rglob("models_checkpoints/last.pt")}
     assert checkpoint(reference, "last")["seconds"] in [load_checkpoint(path)["seconds"] for path in kept]
-    if call in ("save", "cut"):
+    if not event.startswith("shutil"):
         aside = max((tmp_path / "experiments").glob("tiny.old-*")).name
         assert_same_run_aside(tmp_path, aside, reference)
 
@@ -374,7 +310,7 @@ def assert_same_run_aside(root, aside, reference):
 
 
 def test_the_scale_of_half_precision_is_resumed(data, tmp_path):
-    keys = {"amp": "fp16", "n_epochs": 2, "n_val_pictures": 0, "val_every": 2}
+    keys = {"amp": "fp16", "n_epochs": 2, "val_every": 2}
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     status, output = run("train.py", "--cfg", write_config(whole, data, **keys), log=whole / "log")
     assert status == 0, output
@@ -390,12 +326,12 @@ def test_the_scale_of_half_precision_is_resumed(data, tmp_path):
 
 
 def test_a_resnet_too_ends_with_the_same_bits(data, tmp_path):
-    keys = {"n_epochs": 2, "n_train_photos": 4, "n_val_photos": 1, "n_val_pictures": 0, "keep": 1}
+    keys = {"n_epochs": 2, "n_train_photos": 4, "n_val_photos": 1, "keep": 1}
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     status, output = run("train.py", "--cfg", write_config(whole, data, **keys), log=whole / "log", real=True)
     assert status == 0, output
-    cfg = write_config(parted, data, **keys, save_last_every_minutes=EACH_STEP)
-    child = Child("train.py", "--cfg", cfg, log=parted / "log", real=True)
+    cfg = write_config(parted, data, **keys)
+    child = Child("train.py", "--cfg", cfg, log=parted / "log", real=True, prepare=(save_each_step,))
     child.wait_for("loss_train")
     child.process.kill()
     child.wait()

@@ -12,7 +12,7 @@ import torch
 from manage.checkpoint import load_checkpoint
 from tests.factory import curves, make_data, records, run, write_config
 
-SAME = {"deterministic": True, "n_epochs": 2, "color_jitter": 0.3, "n_val_pictures": 0}
+SAME = {"deterministic": True, "n_epochs": 2, "color_jitter": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def slim(monkeypatch):
 def keys(tmp_path):
     """The values of a config that works, with a data set of its own to spoil."""
     make_data(tmp_path / "data", train=4, val=2)
-    return TINY | {"n_epochs": 1, "root_dir": str(tmp_path), "root_data_dir": "data", "n_val_pictures": 0}
+    return TINY | {"n_epochs": 1, "root_dir": str(tmp_path), "root_data_dir": "data"}
 
 
 @pytest.fixture
@@ -74,9 +74,8 @@ def evaluate(keys, checkpoint=None, **changes):
         ('{"exp_name": "../x"}', ["exp_name", "no folders"]),
         ('{"img_dir": "../photos"}', ["img_dir", "inside root_data_dir"]),
         ('{"criterion": "tree_mim"}', ["criterion", "did you mean 'tree_min'"]),
-        ('{"criterion_warmup": "bce"}', ["criterion_warmup_epochs", "set both"]),
-        ('{"criterion_warmup": "bce", "criterion_warmup_epochs": 100}', ["leaves no epoch of n_epochs 100"]),
-        ('{"criterion_warmup": {"bce": 0}, "criterion_warmup_epochs": 1}', ["criterion_warmup", "weight above 0"]),
+        ('{"vflip": 0.5, "n_val_pictures": 4}', ["c.json: leave out", "'vflip'", "'n_val_pictures'", "first four"]),
+        ('{"criterion": {"bce": 0}}', ["criterion", "weight above 0"]),
         ('{"crop_size": 100}', ["crop_size", "multiple of 32", "128"]),
         ('{"device": "gpu"}', ["device", "cuda"]),
     ],
@@ -348,13 +347,6 @@ def test_a_batch_that_cannot_be_saved_is_said(keys, tmp_path, monkeypatch):
     assert not list((tmp_path / "experiments/tiny").glob("non_finite*"))
 
 
-def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(keys):
-    manager = TrainManager(Config(**(keys | {"on_non_finite": "skip", "n_epochs": 30})))
-    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
-    refused(manager.run, "not finite")
-    assert manager.skipped_steps == 21
-
-
 def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(keys, tmp_path):
     keys["n_epochs"] = 2
     assert TrainManager(Config(**keys)).run() == 0
@@ -365,23 +357,6 @@ def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(keys,
     assert manager.best is None
     assert manager.run() == 0
     assert load_checkpoint(folder / "best.pt")["epoch"] == 2
-
-
-def test_steps_that_are_left_out_do_not_lower_the_mean_loss(keys, tmp_path):
-    manager = TrainManager(Config(**(keys | {"on_non_finite": "skip"})))
-    losses = iter((float("nan"), 3.0))
-    manager.criterion = lambda logits, labels: 0 * logits.sum() + next(losses, 1.0)
-    assert manager.run() == 0
-    (line,) = (tmp_path / "experiments/tiny/metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["loss_train"] == 3
-
-
-def test_an_epoch_whose_steps_are_all_left_out_has_no_mean_loss(keys, tmp_path):
-    manager = TrainManager(Config(**(keys | {"on_non_finite": "skip"})))
-    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
-    assert manager.run() == 0
-    (line,) = (tmp_path / "experiments/tiny/metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["loss_train"] is None
 
 
 def test_the_config_of_a_run_is_written_as_it_was(trained, tmp_path):

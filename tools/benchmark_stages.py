@@ -132,8 +132,6 @@ def config_for(setting: Setting, name: str, **keys) -> Config:
         "device": "cuda" if setting.device.type == "cuda" else "cpu",
         "batch_size": setting.batch,
         "crop_size": setting.crops[0],
-        "n_val_pictures": 0,
-        "save_last_every_minutes": 0,
     }
     return config_from_dict(values | keys, "benchmark")
 

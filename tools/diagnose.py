@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict
+from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict, without_gone
 from manage.charts import line_chart
 from manage.checkpoint import NUMBERED, load_checkpoint
 from manage.comparison import criterion_name
@@ -102,7 +102,7 @@ def find_checkpoints(names: Sequence[str]) -> list[Path]:
 
 def read_point(path: Path) -> Point:
     state = load_checkpoint(path)
-    config = config_from_dict(state["config"], f"{path}, its config")
+    config = config_from_dict(without_gone(state["config"], any_value=True), f"{path}, its config")
     return Point(path, config, state["epoch"], Hierarchy.from_dict(state["tree"], str(path)).fingerprint)
 
 

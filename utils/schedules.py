@@ -2,19 +2,21 @@
 
 import math
 
-from configs.config import Config
+STEPS_AT, STEP_FACTOR = (0.6, 0.85), 0.1  # of the step schedule: at which shares of all steps, times what
 
 
-def lr_factor(step: int, steps_per_epoch: int, config: Config) -> float:
-    """What the learning rate of optimiser step `step` (from 0) is multiplied by, in [0, 1]."""
-    warmup, total = config.warmup_epochs * steps_per_epoch, config.n_epochs * steps_per_epoch
+def lr_factor(schedule: str, step: int, total: int, warmup: float = 0.0, poly_power: float = 0.9) -> float:
+    """What the learning rate of optimiser step `step` (from 0) of `total` is multiplied by, in [0, 1].
+
+    The first `warmup` steps grow in a line; then the schedule falls from its peak.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1.0, total - warmup))  # 0 at the peak, 1 after the last step
-    if config.schedule == "poly":
-        return (1.0 - progress) ** config.poly_power
-    if config.schedule == "cosine":
+    if schedule == "poly":
+        return (1.0 - progress) ** poly_power
+    if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
-    if config.schedule == "step":
-        return config.step_factor ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
+    if schedule == "step":
+        return STEP_FACTOR ** sum(step >= share * total for share in STEPS_AT)
     return 1.0

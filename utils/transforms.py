@@ -32,7 +32,7 @@ def to_tensors(photo: Image.Image, labels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class RandomView:
-    """A random square view: scale, crop, flips and colour, resizing no pixel that is not kept.
+    """A random square view: scale, crop, flip and colour, resizing no pixel that is not kept.
 
     The window is chosen in the photo's own pixels and resized to the wanted size at once. Where it reaches over the
     photo's edge the view shows the mean colour, labelled `void`. Random numbers come from torch's generator.
@@ -42,7 +42,6 @@ class RandomView:
     short_side: int | None
     scale_jitter: list[float] | None
     hflip: float
-    vflip: float
     color_jitter: float
     void: int
 
@@ -63,9 +62,8 @@ class RandomView:
         seen = torch.from_numpy(np.array(crop.resize((x.length, y.length), Image.Resampling.NEAREST)))
         if seen.shape != (self.size, self.size):
             view, seen = self._on_canvas(view, seen, x.offset, y.offset)
-        for axis, chance in ((-1, self.hflip), (-2, self.vflip)):
-            if torch.rand(()) < chance:
-                view, seen = view.flip(axis), seen.flip(axis)
+        if torch.rand(()) < self.hflip:
+            view, seen = view.flip(-1), seen.flip(-1)
         if self.jitter_colour is not None:
             view = self.jitter_colour(view)
         return view, seen
