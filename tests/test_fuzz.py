@@ -261,7 +261,7 @@ class Workshop:
     def _use_photo(self, files: Files, short_side: int | None = None) -> None:
         """A photo and its labels as training and evaluation read them."""
         n_labels = self.manager.loader.dataset.n_labels
-        train = TrainPhotos([files], RandomView(32, short_side, [0.5, 2.0], 0.5, 0.0, 0.2, 255), 255, 32, n_labels)
+        train = TrainPhotos([files], RandomView(32, short_side, [0.5, 2.0], 0.5, 0.2, 255), 255, 32, n_labels)
         for sample in (train[Draw(0, 1)], WholePhotos([files], short_side, n_labels, 255)[0]):
             if sample.fault:
                 raise UserError(sample.fault)
