@@ -1,7 +1,6 @@
 """The tree file is read strictly, and its tables say what the definitions say."""
 
 import copy
-import itertools
 import json
 import pickle
 from pathlib import Path
@@ -65,15 +64,6 @@ def test_level_classes_follow_the_definition(path: Path) -> None:
         for v in range(h.num_nodes):
             expected = reference.class_at(v, level, h)
             assert h.level_tables[level][v] == (h.ignore_index if expected is None else expected)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_runs_join_rows_whose_ids_follow_each_other(path: Path) -> None:
-    h = Hierarchy.load(path)
-    ids, rows = zip(*h.runs, strict=True)
-    assert [v for run in ids for v in range(run.start, run.stop)] == list(h.breadth_first)
-    assert [row for run in rows for row in range(run.start, run.stop)] == list(range(h.num_nodes))
-    assert all(before.stop != after.start for before, after in itertools.pairwise(ids))  # none could be longer
 
 
 def test_fingerprint_sees_names_and_parents_but_not_colours(pascal: Hierarchy) -> None:

@@ -10,7 +10,6 @@ from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
 
 from tests import reference
-from utils import chunks
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES, build_criterion, node_weights
@@ -240,10 +239,9 @@ def test_gamma_zero_is_the_plain_loss_bit_for_bit(name: str, h: Hierarchy) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_memory_layout_and_chunks_do_not_matter(name: str, h: Hierarchy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_layout_does_not_matter(name: str, h: Hierarchy) -> None:
     logits, labels = random_case(h)
     value, grad = value_and_grad(name, logits, labels, h, gamma=2.0)
-    monkeypatch.setattr(chunks, "CPU_CHUNK", 5 * h.num_nodes)  # five pixels a chunk, one thread
     for layout in (
         logits,
         logits.contiguous(memory_format=torch.channels_last),
@@ -253,16 +251,6 @@ def test_memory_layout_and_chunks_do_not_matter(name: str, h: Hierarchy, monkeyp
         other, other_grad = value_and_grad(name, layout, labels, h, gamma=2.0)
         torch.testing.assert_close(other, value)
         torch.testing.assert_close(other_grad, grad)
-
-
-def test_ties_hand_the_gradient_to_one_node(h: Hierarchy) -> None:
-    """All logits equal: each positive node passes its gradient to body, each negative node to a leaf."""
-    logits, label = torch.zeros(1, 10, 1, 1, dtype=torch.float64), torch.tensor([[[HEAD]]])
-    _, grad = value_and_grad("tree_min", logits, label, h)
-    share = {"background": 0.5, "low_hand": 0.5, "torso": 0.5, "up_hand": 0.5, "up_leg": 0.5}
-    share |= {"low_leg": 0.5 + 0.5, "body": -3 * 0.5}  # its own and lower_body's; its own, upper_body's and head's
-    expected = torch.tensor([share.get(name, 0.0) for name in h.names], dtype=torch.float64)
-    torch.testing.assert_close(grad.flatten(), expected)
 
 
 def test_a_sum_of_losses_is_the_weighted_sum(h: Hierarchy) -> None:
@@ -283,13 +271,6 @@ def test_no_gradient_is_computed_where_none_is_wanted(h: Hierarchy) -> None:
     assert not any(value.requires_grad for value in values.values())
     for name in NAMES:
         torch.testing.assert_close(values[name], value_and_grad(name, logits, labels, h, gamma=0.5)[0])
-
-
-def test_second_derivatives_are_refused(h: Hierarchy) -> None:
-    logits, labels = random_case(h)
-    logits.requires_grad_()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(LOSSES["bce"](logits, labels, h), logits, create_graph=True)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Hierarchy:
         index = labels.long()  # may be `labels` itself: no operation in place on it
         void = index == self.ignore_index
         index = (index + (index >= self.num_nodes)).masked_fill_(void, self.num_nodes)
-        if index.device.type == "cpu" and index.numel():
+        if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
             lowest, highest = index.aminmax()
             if lowest < 0 or highest > self.num_nodes:
                 strangers = sorted(set(labels.unique().tolist()) - {*range(self.num_nodes), self.ignore_index})
@@ -177,37 +177,19 @@ class Hierarchy:
         """
         return self.cached("signs", device, dtype, self._make_signs)
 
-    def wrong(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-signs, rows breadth first. Shape: (N, N + 1)."""
-        return self.cached("wrong", device, dtype, lambda: -self._make_signs()[list(self.breadth_first)])
-
-    def leaves_below(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """1 where the leaf lies at or below the label, else 0. Shape: (leaves, N + 1)."""
-        return self.cached("leaves_below", device, dtype, self._make_leaves_below)
-
-    def path_table(self, device: torch.device | str) -> Tensor:
-        """The nodes from the root to each node, filled up with N; N for void. Shape: (depth, N + 1) int64."""
-        return self.cached("path_table", device, torch.int64, self._make_path_table)
+    def leaves_below(self, device: torch.device | str) -> Tensor:
+        """Whether the leaf lies at or below the label. Shape: (leaves, N + 1) bool."""
+        return self.cached("leaves_below", device, torch.bool, self._make_leaves_below)
 
     def leaf_index(self, device: torch.device | str) -> Tensor:
         """Ids of the leaves. Shape: (leaves,) int64."""
         return self.cached("leaf_index", device, torch.int64, lambda: torch.tensor(self.leaves))
-
-    def is_leaf(self, device: torch.device | str) -> Tensor:
-        """Shape: (N + 1,) bool; void is none."""
-        return self.cached(
-            "is_leaf", device, torch.bool, lambda: torch.tensor([not c for c in self.children] + [False])
-        )
 
     def edge_index(self, device: torch.device | str) -> Tensor:
         """Row 0 the parents, row 1 the children, in the order of `edges`. Shape: (2, E) int64."""
         return self.cached(
             "edge_index", device, torch.int64, lambda: torch.tensor(self.edges).view(-1, 2).t().contiguous()
         )
-
-    def breadth_first_index(self, device: torch.device | str) -> Tensor:
-        """`breadth_first`. Shape: (N,) int64."""
-        return self.cached("breadth_first", device, torch.int64, lambda: torch.tensor(self.breadth_first))
 
     def cached(
         self, key: Hashable, device: torch.device | str, dtype: torch.dtype, make: Callable[[], Tensor]
@@ -249,29 +231,6 @@ class Hierarchy:
         return tuple(order)
 
     @cached_property
-    def breadth_first(self) -> tuple[int, ...]:
-        """Node ids, level by level from the roots: siblings stand together, in the order of their ids."""
-        order = list(self.roots)
-        for v in order:
-            order.extend(self.children[v])
-        return tuple(order)
-
-    @cached_property
-    def families(self) -> tuple[tuple[int, slice], ...]:
-        """(parent, its children) as rows of `breadth_first`, from the roots down; reversed, from the leaves up."""
-        place = {v: row for row, v in enumerate(self.breadth_first)}
-        parents = [v for v in self.breadth_first if self.children[v]]
-        return tuple((place[v], slice(place[self.children[v][0]], place[self.children[v][-1]] + 1)) for v in parents)
-
-    @cached_property
-    def runs(self) -> tuple[tuple[slice, slice], ...]:
-        """(ids, rows of `breadth_first`) where consecutive rows hold consecutive ids: few where ids follow the tree."""
-        order = self.breadth_first
-        starts = [row for row in range(len(order)) if row == 0 or order[row] != order[row - 1] + 1]
-        ends = [*starts[1:], len(order)]
-        return tuple((slice(order[a], order[a] + b - a), slice(a, b)) for a, b in zip(starts, ends, strict=True))
-
-    @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:
         """(parent, child), from the roots down; reversed, from the leaves up."""
         return tuple((self.parents[v], v) for v in self.preorder if self.parents[v] is not None)
@@ -291,12 +250,6 @@ class Hierarchy:
         for row, leaf in enumerate(self.leaves):
             below[row, list(self.paths[leaf])] = 1
         return below
-
-    def _make_path_table(self) -> Tensor:
-        table = torch.full((self.num_levels, self.num_nodes + 1), self.num_nodes)
-        for v, path in enumerate(self.paths):
-            table[: len(path), v] = torch.tensor(path)
-        return table
 
     def _check(self, source: str) -> None:
         """What one node alone cannot show."""
