@@ -23,7 +23,13 @@ NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
 _MARK = b"sha256:"
 _COMMENT_LENGTH = len(_MARK) + 64
 _END = 22  # bytes of a zip's end record without its comment
-_CONTENT = {"model": dict, "config": dict, "tree": dict, "epoch": int}  # what every reader takes for granted
+_CONTENT = {
+    "model": dict,
+    "config": dict,
+    "tree": dict,
+    "epoch": int,
+    "ema": dict | None,
+}  # what every reader takes for granted
 
 
 class DamagedCheckpoint(UserError):

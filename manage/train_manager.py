@@ -155,7 +155,7 @@ class TrainManager:
         try:
             self.load_state(state, source)
             journal = dict(state["journal"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); use another one") from None
         if path:

@@ -193,7 +193,8 @@ class Workshop:
     def config(self, chance: random.Random) -> Case:
         values, touched = spoilt(chance.choice([json.loads(self.config_file.read_text()), self.values]), chance)
         path = self._write("config.json", spoilt_text(json.dumps(values), chance))
-        return lambda: use_config(load_config(path)), [str(path), *(f"'{key}'" for key in touched)]
+        said = [word for key in touched for word in (f"'{key}'", values.get(key)) if isinstance(word, str) and word[1:]]
+        return lambda: use_config(load_config(path)), [str(path), "'batch_size'", *said]
 
     def override(self, chance: random.Random) -> Case:
         values, touched = spoilt(self.values, chance)
