@@ -2,6 +2,7 @@
 # Makes the Python environment hseg_env in the repository: with conda where there is conda, else as a venv.
 #
 #   bash scripts/create_hseg_env.sh          # what training and evaluation need
+#   bash scripts/create_hseg_env.sh --cpu    # the same without the 3 GB of GPU libraries that torch brings on Linux
 #   bash scripts/create_hseg_env.sh --dev    # and the tests and ruff
 #
 # A second call is quick: it installs only when the requirements have changed. HSEG_NO_CONDA=1 keeps conda out of
@@ -13,12 +14,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $*" >&2; exit 1; }
 
 requirements=(requirements.txt)
-case "${1:-}" in
-    "") ;;
-    --dev) requirements=(requirements.txt requirements-tools.txt requirements-dev.txt) ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-    *) fail "unknown argument $1; the only one is --dev" ;;
-esac
+torch_index=()
+for argument in "$@"; do
+    case $argument in
+        --cpu) torch_index=(--index-url https://download.pytorch.org/whl/cpu) ;;
+        --dev) requirements=($(sed -n 's/^-r //p' requirements-dev.txt) requirements-dev.txt) ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        *) fail "unknown argument $argument; there are --cpu and --dev" ;;
+    esac
+done
 
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
@@ -62,8 +66,12 @@ is_installed() {
 newest=${requirements[-1]}  # it includes the others
 if ! is_installed; then
     echo "installing $newest into $env (a few minutes the first time)" >&2
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$newest" >&2 ||
-        fail "pip could not install $newest; its own message stands above"
+    pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
+    if [ ${#torch_index[@]} -gt 0 ]; then  # first, so that the next line finds it there
+        pip_install "${torch_index[@]}" $(grep '^torch' requirements.txt) ||
+            fail "pip could not install torch for the CPU; its own message stands above"
+    fi
+    pip_install -r "$newest" || fail "pip could not install $newest; its own message stands above"
     mkdir -p "$env/.installed"
     cp "${requirements[@]}" "$env/.installed/"
 fi

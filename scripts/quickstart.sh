@@ -2,6 +2,7 @@
 # From nothing to scores: environment, sample data, encoding, training, evaluation. A second call is quick.
 #
 #   bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh --cpu    # without the 3 GB of GPU libraries that torch brings on Linux
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/.."
@@ -11,7 +12,7 @@ trap 'echo "error: the quick start stopped at: $step (its own message stands abo
 announce() { step=$1; printf '\n== %s\n' "$step"; }
 
 announce "environment"
-python=$(bash "$here/create_hseg_env.sh")
+python=$(bash "$here/create_hseg_env.sh" "$@")
 announce "sample data"
 "$python" tools/make_sample_data.py
 announce "encoding"
@@ -27,5 +28,5 @@ cat <<END
 Where to look:
   scores and pictures   $PWD/experiments/quickstart/evaluation/best/index.html
   curves                $python -m tensorboard.main --logdir $PWD/tensorboard
-  next                  python configs/config.py exp_name=mine criterion=tree_min, then train.py --cfg configs/mine.json
+  next                  $python train.py --cfg configs/quickstart.json exp_name=mine criterion=tree_min
 END

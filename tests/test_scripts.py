@@ -1,8 +1,10 @@
-"""The script that makes the environment, where there is conda; the programs it calls are stubs that install nothing."""
+"""The environment's script, where the programs it calls are stubs that install nothing, and the package for pip."""
 
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -83,8 +85,51 @@ def test_a_second_call_installs_only_what_has_changed(run):
     assert "-r requirements-dev.txt" in run("--dev")[2]
 
 
+def test_for_the_cpu_alone_torch_comes_first_and_from_its_own_index(run):
+    _, _, calls = run("--dev", "--cpu")
+    installs = [line for line in calls.splitlines() if "pip install" in line]
+    assert "--index-url https://download.pytorch.org/whl/cpu torch>=" in installs[0]
+    assert " torchvision>=" in installs[0]
+    assert installs[1].endswith("-r requirements-dev.txt")
+    assert len(installs) == 2
+
+
 def test_help_is_the_head_of_the_script(run):
     output, _, calls = run("--help")
     assert output.startswith("Makes the Python environment hseg_env in the repository")
     assert output.endswith('export PATH="$PWD/hseg_env/bin:$PATH"\n')
     assert calls == ""
+
+
+USE = """
+from configs.config import Config
+from manage.predictor import Predictor
+from manage.report import ASSETS
+from utils.hierarchy import Hierarchy
+from utils.losses import LOSSES
+print(Hierarchy.load(Config().hierarchy_file).num_nodes, len(LOSSES), sorted(path.suffix for path in ASSETS.iterdir()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [True, False])
+def test_after_pip_install_everything_is_importable_from_elsewhere(tmp_path, editable):
+    pytest.importorskip("setuptools")
+    source, env = tmp_path / "source", tmp_path / "env"
+    for name in ("configs", "manage", "models", "utils"):
+        shutil.copytree(REPO / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE"):
+        shutil.copy(REPO / name, source)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", env], check=True)
+    (packages,) = env.glob("lib/python3*/site-packages")
+    (packages / "host.pth").write_text(sysconfig.get_paths()["purelib"])  # torch and setuptools are this Python's
+    install = [sys.executable, "-m", "pip", "--python", env / "bin/python", "install", "--no-deps", "--no-index"]
+    what = ["--no-build-isolation", *(["-e"] if editable else []), source]
+    done = subprocess.run([*install, *what], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if not editable:
+        shutil.rmtree(source)
+    done = subprocess.run([env / "bin/python", "-c", USE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10 ")
+    assert done.stdout.endswith("['.css', '.html', '.js']\n")
