@@ -47,11 +47,18 @@ def fake_matrices(h: Hierarchy, quality: float, seed: int, photos: int = PHOTOS)
 
 
 def fake_experiment(
-    root: Path, h: Hierarchy, name: str, quality: float, seed: int = 0, photos: int = PHOTOS, **keys
+    root: Path,
+    h: Hierarchy,
+    name: str,
+    quality: float,
+    seed: int = 0,
+    photos: int = PHOTOS,
+    evaluation: str = "best",
+    **keys,
 ) -> Path:
     """An experiment's folder as train.py and evaluate.py leave it."""
     config = Config(exp_name=name, seed=seed, root_dir=str(root), n_epochs=3, **keys)
-    folder, scored = config.experiment_dir, config.experiment_dir / "evaluation" / "best"
+    folder, scored = config.experiment_dir, config.experiment_dir / "evaluation" / evaluation
     scored.mkdir(parents=True)
     save_config(config, folder / "configs" / f"{name}.json")
     matrices = fake_matrices(h, quality, seed, photos)
@@ -59,7 +66,7 @@ def fake_experiment(
     np.savez_compressed(scored / "photos.npz", ids=ids, logit_sum=matrices, leaf=matrices)
     result = scores_from_confusion(torch.from_numpy(matrices.sum(0, dtype=np.int64)), h) | {"violation_rate": 0.01}
     record = {
-        "checkpoint": "best.pt",
+        "checkpoint": f"{evaluation}.pt",
         "epoch": 3,
         "decode": config.decode,
         "root_bias": {},

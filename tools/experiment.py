@@ -1,427 +1,195 @@
-"""Trains and evaluates a list of configs with several seeds each, then compares them.
+"""Trains and scores a list of configs with several seeds each, and compares them.
 
-    python tools/experiment.py configs/experiments/losses_cpu.json
     python tools/experiment.py configs/experiments/losses_cpu.json --jobs 2 --out docs
     python tools/experiment.py configs/experiments/losses_cpu.json --only-report    # of what is finished so far
 
 It can be stopped at any point, by Ctrl-C or worse, and started again with the same command: finished runs are
-skipped, a run that was cut off goes on from its last checkpoint. Writes experiments.json and experiments.md.
+skipped, a run that was cut off goes on from its last checkpoint. Run bce of seed 0 in losses_cpu.json is the
+experiment losses_cpu_bce_seed0. Its last weights are scored, by every decoding rule. The first run is the baseline.
 
-FILE:  {"checkpoint": "last",
+FILE:  {"search": {"lr": [0.0004, 0.0008, 0.0016]},
         "runs": [{"name": "bce", "cfg": "configs/pascal_part_cpu.json", "overrides": {"criterion": "bce"},
                   "seeds": [0, 1, 2]}]}
 
-Run bce of seed 0 in losses_cpu.json is the experiment losses_cpu_bce_seed0. "checkpoint" is what is scored: "best"
-is chosen by its score on the val photos, "last" (the default) and "checkpoint_<epoch>" are not. A run is finished
-when it is trained and scored at that checkpoint as it is on disk, with its config's decode and root_bias.
+With "search" (of the file, or of a run) each combination of its values is first trained without a sixth of the train
+photos, and scored on these. The best one, with its best decoding rule, by the score that the config monitors, is what
+all seeds get. A run whose "search" is another run's name takes that one's choice; with null it has none.
 """
 
 import argparse
-import json
+import itertools
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
-from configs.config import REPOSITORY, RESUMABLE_CHANGES, TYPES, Config, config_from_dict, differences, load_config
-from manage.checkpoint import checkpoint_digest, load_checkpoint
-from manage.comparison import Experiment, compare, criterion_name, load_experiment
+from configs.config import REPOSITORY
+from manage.comparison import compare
 from manage.experiment import Lock, config_copy, cores
-from manage.tables import per_class
-from tools.compare import to_record, write_report
-from utils.cli import progress, run_main
+from tools.compare import write_report
+from tools.experiment_runs import Entry, Run, read_entries
+from utils.cli import run_main
 from utils.errors import UserError
-from utils.files import read_json, write_json
 from utils.locks import try_lock
 
-KEYS = {"checkpoint", "runs"}
-RUN_KEYS = {"name", "cfg", "overrides", "seeds"}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
+SCORING = ("--checkpoint", "last", "--decode", "all", "--no-pictures")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file of runs")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs"), metavar="D", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--out", type=Path, metavar="D", help="where the report goes (outputs/<name of FILE>)")
     parser.add_argument("--only-report", action="store_true", help="run nothing, report on what is finished")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs}: expected at least 1")
-    checkpoint, runs = read_runs(arguments.file)
-    if arguments.only_report:
-        write_results(arguments.file, runs, checkpoint, arguments.out)
-        return 0
-    lock = _lock(runs[0].config, arguments.file)
-    try:
-        faults = Runner(runs, checkpoint, arguments.jobs, lock.path.parent).run()
-        for fault in faults:
-            print(fault, file=sys.stderr)
-        write_results(arguments.file, runs, checkpoint, arguments.out)
-    finally:
-        lock.release()
+    entries = read_entries(arguments.file)
+    faults = [] if arguments.only_report else run_all(arguments.file, entries, arguments.jobs)
+    write_results(arguments.file, entries, arguments.out or Path("outputs") / arguments.file.stem)
     return 1 if faults else 0
 
 
-# ---- the file of runs --------------------------------------------------------------------------------------------
+def choices(entries: Sequence[Entry]) -> dict[str, dict]:
+    """What the final runs of an entry are given; without those that wait for a search."""
+    own = {entry.name: entry.choice() if entry.searches else {} for entry in entries}
+    chosen = {entry.name: own[entry.search if isinstance(entry.search, str) else entry.name] for entry in entries}
+    return {name: keys for name, keys in chosen.items() if keys is not None}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One config with one seed."""
-
-    name: str
-    cfg: str
-    overrides: dict[str, Any]  # with exp_name and seed
-    config: Config
-
-    @property
-    def arguments(self) -> list[str]:
-        """What train.py and evaluate.py are given."""
-        return ["--cfg", self.cfg, *(f"{key}={_as_text(key, value)}" for key, value in self.overrides.items())]
-
-    @property
-    def epochs_done(self) -> int:
-        path = self.config.experiment_dir / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-    @property
-    def is_trained(self) -> bool:
-        """The last epoch's checkpoint is there, and `last`, which is written after it."""
-        files = [self.config.checkpoints_dir / f"{name}.pt" for name in (f"checkpoint_{self.config.n_epochs}", "last")]
-        if not all(file.is_file() for file in files):
-            return False
-        kept, last = (file.stat().st_mtime_ns for file in files)
-        return last >= kept
-
-    @property
-    def is_in_use(self) -> bool:
-        """A training holds its lock: one that outlived the runner that started it."""
-        try:
-            with open(self.config.experiment_dir / ".lock", "r+", encoding="utf-8") as file:
-                return not try_lock(file)
-        except OSError:  # none was taken yet; or none can be, which train.py will say
-            return False
-
-    def evaluation(self, checkpoint: str) -> Experiment | None:
-        """Its scores; None unless they are whole, of the finished run, and decoded as its config says now."""
-        try:
-            experiment = load_experiment(self.config.experiment_dir, checkpoint)
-        except UserError:
-            return None
-        decoding = (experiment.rule, experiment.config["root_bias"])
-        is_wanted = decoding == (self.config.decode, self.config.root_bias)
-        return experiment if is_wanted and self._is_final(experiment.record, checkpoint) else None
-
-    def _is_final(self, record: dict[str, Any], checkpoint: str) -> bool:
-        """Whether scores.json is about the checkpoint as the finished run left it."""
-        path, last, epoch = self.config.checkpoints_dir / f"{checkpoint}.pt", self.config.n_epochs, record["epoch"]
-        expected = {"best": epoch, "last": last, f"checkpoint_{epoch}": epoch}.get(checkpoint)
-        if epoch != expected or not (epoch == last or self.is_trained):
-            return False
-        scored, on_disk = record.get("checkpoint_sha256"), checkpoint_digest(path)
-        if scored and on_disk:
-            return scored == on_disk
-        # older scores hold no digest: of all checkpoints, only the best is written at more than one epoch
-        return checkpoint != "best" or epoch in (last, _epoch_of(path))
-
-
-def _epoch_of(checkpoint: Path) -> int | None:
-    """None where it is missing or damaged."""
-    try:
-        return load_checkpoint(checkpoint)["epoch"]
-    except UserError:
-        return None
-
-
-def read_runs(path: Path) -> tuple[str, list[Run]]:
-    """The checkpoint to score and all runs, each checked down to its last config key before the first one starts.
-
-    Raises: UserError naming the file, the run and the key.
-    """
-    content = read_json(path)
-    _check_keys(content, KEYS, {"runs"}, str(path))
-    checkpoint = content.get("checkpoint", "last")
-    if not isinstance(checkpoint, str) or not re.fullmatch(r"best|last|checkpoint_\d+", checkpoint):
-        raise UserError(f"{path}: 'checkpoint' is {checkpoint!r}; expected best, last or checkpoint_<epoch>")
-    entries = content["runs"]
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: 'runs' must be a list with at least one run")
-    runs = [run for number, entry in enumerate(entries) for run in _read_entry(path, entry, f"{path}: runs[{number}]")]
-    names = [run.config.exp_name for run in runs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: two runs are called {name!r}; give each its own 'name'")
-    for run in runs:
-        _check_is_kept(checkpoint, run, path)
-        _check_same_config(run)
-    return checkpoint, runs
-
-
-def _read_entry(path: Path, entry: Any, where: str) -> list[Run]:
-    """The runs of one entry, one a seed."""
-    _check_keys(entry, RUN_KEYS, {"name", "cfg", "seeds"}, where)
-    name, cfg, seeds = entry["name"], entry["cfg"], entry["seeds"]
-    overrides = entry.get("overrides", {})
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{where}: 'name' is {name!r}; expected at most 41 letters, digits, '.', '_' and '-'")
-    where = f"{where} ({name})"
-    if not isinstance(cfg, str):
-        raise UserError(f"{where}: 'cfg' is {cfg!r}; expected the path of a config")
-    if not isinstance(overrides, dict) or {"exp_name", "seed"} & set(overrides):
-        raise UserError(f"{where}: 'overrides' must be an object of config keys other than exp_name and seed")
-    is_list = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
-    if not is_list or not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"{where}: 'seeds' is {seeds!r}; expected a list of different whole numbers, such as [0, 1, 2]")
-    source = REPOSITORY / cfg
-    values = read_json(source)
-    if not isinstance(values, dict) or "runs" in values:
-        raise UserError(f"{where}: {source} is not a config; 'cfg' must name a file such as configs/quickstart.json")
-    runs = []
-    for seed in seeds:
-        own = overrides | {"exp_name": f"{path.stem}_{name}_seed{seed}", "seed": seed}
-        runs.append(Run(name, cfg, own, config_from_dict(values | own, f"{where}, {cfg} with its overrides")))
-    return runs
-
-
-def _check_is_kept(checkpoint: str, run: Run, path: Path) -> None:
-    """Raises: UserError for a numbered checkpoint that the run will not have when it ends."""
-    config = run.config
-    saved = [n for n in range(1, config.n_epochs + 1) if n % config.save_epoch == 0 or n == config.n_epochs]
-    kept = [f"checkpoint_{number}" for number in saved[-config.keep :]]
-    if checkpoint not in ("best", "last", *kept) and not (config.checkpoints_dir / f"{checkpoint}.pt").is_file():
-        raise UserError(
-            f"{path}: 'checkpoint' is {checkpoint!r}, but {config.exp_name} ends with {', '.join(kept)} (n_epochs "
-            f"{config.n_epochs}, save_epoch {config.save_epoch}, keep {config.keep}); name one of them, or best or last"
-        )
-
-
-def _check_same_config(run: Run) -> None:
-    """Raises: UserError when an experiment of that name was started with another config."""
-    copy = config_copy(run.config)
-    if not copy.is_file():
-        return
-    changed = differences(run.config, load_config(copy))
-    fatal = [key for key in changed if key not in RESUMABLE_CHANGES]
-    if fatal:
-        raise UserError(
-            f"experiment {run.config.exp_name!r} exists with another config ({', '.join(fatal)} differ) in "
-            f"{run.config.experiment_dir}; rename the run, or move that folder away"
-        )
-
-
-def _check_keys(record: Any, known: set[str], required: set[str], where: str) -> None:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object with the keys {', '.join(sorted(known))}")
-    if unknown := sorted(set(record) - known):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
-    if missing := sorted(required - set(record)):
-        raise UserError(f"{where}: the key {missing[0]!r} is missing")
-
-
-def _as_text(key: str, value: Any) -> str:
-    """The value as an override: texts as they are, everything else as JSON."""
-    return value if TYPES[key] is str else json.dumps(value)
+def final_runs(entries: Sequence[Entry]) -> list[Run]:
+    """Those that wait for no search; the first seed of each entry before the second of any."""
+    chosen = choices(entries)
+    runs = [entry.finals(chosen[entry.name]) for entry in entries if entry.name in chosen]
+    return [run for same_seed in itertools.zip_longest(*runs) for run in same_seed if run is not None]
 
 
 # ---- running -----------------------------------------------------------------------------------------------------
 
 
-class Runner:
-    """Runs what is not finished, `jobs` at a time, each in processes of its own that write into a log."""
+def run_all(file: Path, entries: Sequence[Entry], jobs: int) -> list[str]:
+    """First what the choices need, then the final runs. Returns what went wrong."""
+    logs = entries[0].run("logs", {}).config.root / "experiments" / "logs" / file.stem
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        lock = Lock(logs)
+        lock.take()  # one runner at a time for a file of runs
+        for entry in entries:
+            entry.write_lists()
+    except OSError as error:
+        raise UserError(f"{error.filename or logs}: cannot be written ({error.strerror})") from None
+    try:
+        faults = run_open([run for entry in entries for run in entry.tries()], jobs, logs)
+        return faults + run_open(final_runs(entries), jobs, logs)
+    finally:
+        lock.release()
 
-    def __init__(self, runs: Sequence[Run], checkpoint: str, jobs: int, logs: Path) -> None:
-        self.runs, self.checkpoint, self.jobs, self.logs = runs, checkpoint, jobs, logs
-        self.processes: set[subprocess.Popen] = set()
-        self.guard = threading.RLock()  # a second signal may come while the first is being passed on
-        self.signal: int | None = None
 
-    def run(self) -> list[str]:
-        """Returns a line for each run that failed.
+def run_open(runs: Sequence[Run], jobs: int, logs: Path) -> list[str]:
+    """Runs what is not finished, `jobs` at a time. Returns a line for each run that failed.
 
-        Raises: SystemExit when told to stop, after the trainings have saved.
-        """
-        open_runs = [run for run in self.runs if run.evaluation(self.checkpoint) is None]
-        print(f"{len(self.runs)} runs, {len(self.runs) - len(open_runs)} of them finished; logs are in {self.logs}")
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                futures = [pool.submit(self._finish, run) for run in open_runs]
-                self._watch(futures)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        if self.signal is not None:
-            print("stopped; the same command goes on from here")
-            raise SystemExit(128 + self.signal)
-        return [fault for future in futures if (fault := future.result())]
+    Raises: SystemExit when told to stop, after the trainings have saved.
+    """
+    waiting, active, faults = [run for run in runs if run.scored() is None], [], []
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished; logs are in {logs}", flush=True)
+    told: list[int] = []  # signals; the handler does no more, so nothing can come between it and a start
+    handlers = {n: signal.signal(n, lambda number, _: told.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    passed_on = 0
+    try:
+        while active or (waiting and not told):
+            while waiting and len(active) < jobs and not told:
+                active.append(Job(waiting.pop(0), max(1, cores() // jobs), logs))
+            for job in active if len(told) > passed_on else []:
+                job.stop()
+            passed_on = len(told)
+            for job, status in [(job, job.advance()) for job in active]:
+                if status is None:
+                    continue
+                active.remove(job)
+                is_well = status == 0 and not told and job.run.scored() is not None
+                end = (
+                    f"finished {job.run.name}"
+                    if is_well
+                    else f"{job.run.name}: ended with status {status}, see {job.log}"
+                )
+                faults += [] if is_well else [end]
+                print(f"{end}; {len(waiting) + len(active)} to go", flush=True)
+            time.sleep(0.2)
+    finally:
+        for job in active:
+            job.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if told:
+        print("stopped; the same command goes on from here")
+        raise SystemExit(128 + told[0])
+    return faults
 
-    def _watch(self, futures: Sequence) -> None:
-        """A bar of epochs until all is done."""
-        total = sum(run.config.n_epochs for run in self.runs)
-        with progress(total=total, desc="epochs", unit="epoch", initial=self._epochs_done()) as bar:
-            while wait(futures, timeout=2).not_done:
-                bar.update(self._epochs_done() - bar.n)
-            bar.update(self._epochs_done() - bar.n)
 
-    def _epochs_done(self) -> int:
-        return sum(run.epochs_done for run in self.runs)
+class Job:
+    """One run: its training, then its evaluation, each in a process that writes into a log."""
 
-    def _finish(self, run: Run) -> str | None:
-        """Trains and evaluates; returns what went wrong, if anything."""
-        name = run.config.exp_name
-        self._wait_until_free(run)
-        if not run.is_trained:
-            resume = ["--resume"] if config_copy(run.config).is_file() else []
-            status = self._call("train.py", run, resume)
-            if self.signal is not None:
-                return None
-            if status:
-                return f"{name}: training ended with status {status}; see {self._log(run)}"
-        options = ["--checkpoint", self.checkpoint, "--decode", "all", "--no-pictures"]
-        status = self._call("evaluate.py", run, options)
-        if self.signal is not None:
+    def __init__(self, run: Run, threads: int, logs: Path) -> None:
+        self.run, self.log, self.process = run, logs / f"{run.name}.log", None
+        self.environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+        resume = ["--resume"] if config_copy(run.config).is_file() else []
+        self.commands = [["train.py", *run.arguments, *resume], ["evaluate.py", *run.arguments, *SCORING]]
+
+    def advance(self) -> int | None:
+        """Starts what comes next; returns the exit status once there is nothing more, or something failed."""
+        status = self.process.poll() if self.process else 0
+        if status == 0 and self.commands:
+            if not self._is_trained_by_another():
+                self._start(self.commands.pop(0))
             return None
-        if status or run.evaluation(self.checkpoint) is None:
-            return f"{name}: evaluation ended with status {status}; see {self._log(run)}"
-        tqdm.write(f"finished {name}")
-        return None
+        return status
 
-    def _wait_until_free(self, run: Run) -> None:
-        if run.is_in_use:
-            tqdm.write(f"waiting for {run.config.exp_name}, which a process of an earlier start is training")
-        while run.is_in_use and self.signal is None:
-            time.sleep(1)
+    def stop(self) -> None:
+        """A training saves and ends; told twice, it ends at once."""
+        self.commands.clear()
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
 
-    def _call(self, script: str, run: Run, options: Sequence[str]) -> int:
-        command = [sys.executable, str(REPOSITORY / script), *run.arguments, *options]
-        with open(self._log(run), "ab") as log:
+    def _start(self, command: Sequence[str]) -> None:
+        command = [sys.executable, str(REPOSITORY / command[0]), *command[1:]]
+        with open(self.log, "ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
-            with self.guard:
-                if self.signal is not None:  # between two processes: do not start another
-                    return 128 + self.signal
-                # a session of its own: Ctrl-C reaches us alone, and we pass it on once
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self._environment(),
-                    cwd=REPOSITORY,
-                    start_new_session=True,
-                )
-                self.processes.add(process)
-            status = process.wait()
-            with self.guard:
-                self.processes.discard(process)
-            return status
+            # in a session of its own: Ctrl-C reaches us alone, and we pass it on once
+            options = {"env": self.environment, "cwd": REPOSITORY, "start_new_session": True}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, **options)
 
-    def _environment(self) -> dict[str, str]:
-        """Several jobs share the cores instead of each taking all of them."""
-        if self.jobs == 1:
-            return dict(os.environ)
-        return {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs))} | os.environ
-
-    def _log(self, run: Run) -> Path:
-        return self.logs / f"{run.config.exp_name}.log"
-
-    def _on_signal(self, number: int, _frame) -> None:
-        """Passes the signal on; trainings save and end. Runs in the main thread, which never holds the guard."""
-        self.signal = number
-        with self.guard:
-            for process in self.processes:
-                process.send_signal(signal.SIGTERM)
-
-
-def _lock(config: Config, file: Path) -> Lock:
-    """One runner at a time for a file of runs; its folder holds the logs too.
-
-    Raises: UserError that names the runner that is at work.
-    """
-    folder = config.root / "experiments" / "logs" / file.stem
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder)
-        lock.take()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    return lock
+    def _is_trained_by_another(self) -> bool:
+        """A training that outlived its runner holds the experiment's lock; it is waited for."""
+        try:
+            with open(self.run.config.experiment_dir / ".lock", "r+", encoding="utf-8") as file:
+                return not try_lock(file)
+        except OSError:  # none was taken yet; or none can be, which train.py will say
+            return False
 
 
 # ---- results -----------------------------------------------------------------------------------------------------
 
 
-def write_results(file: Path, runs: Sequence[Run], checkpoint: str, out: Path) -> None:
-    """experiments.json, experiments.md and its pictures, from the folders of the finished runs.
-
-    Raises: UserError when none is finished, or `out` cannot be written.
-    """
-    evaluated = [(run, experiment) for run in runs if (experiment := run.evaluation(checkpoint)) is not None]
-    if not evaluated:
+def write_results(file: Path, entries: Sequence[Entry], out: Path) -> None:
+    """The comparison of all finished runs. Raises: UserError when none is finished, or `out` cannot be written."""
+    finished = [experiment for run in final_runs(entries) if (experiment := run.scored()) is not None]
+    if not finished:
         raise UserError(f"{file}: no run is finished; the logs say why, or start it: python tools/experiment.py {file}")
-    finished = {experiment.name for _, experiment in evaluated}
-    unfinished = [run.config.exp_name for run in runs if run.config.exp_name not in finished]
-    comparison = compare([experiment for _, experiment in evaluated])
-    command = f"python tools/experiment.py {_relative(file)}"
-    notes = [f"Made by `{command}`; each run is scored at its checkpoint `{checkpoint}`."]
-    if unfinished:
-        notes.append(f"Not finished: {', '.join(unfinished)}.")
-    for path in write_report(comparison, out, "experiments", f"Experiments: {file.stem}", notes):
+    notes = [f"Made by `python tools/experiment.py {file}`; the last weights of each run are scored."]
+    for name, keys in choices(entries).items():
+        chosen = ", ".join(f"{key} {value}" for key, value in keys.items() if value != {})
+        notes += [f"Chosen for {name} on the held-out photos: {chosen}."] if chosen else []
+    if missing := sum(len(entry.seeds) for entry in entries) - len(finished):
+        notes.append(f"{missing} runs are not finished.")
+    for path in write_report(compare(finished), out, "experiments", f"Experiments: {file.stem}", notes, with_page=True):
         print(f"wrote {path}")
-    record = {
-        "command": command,
-        "checkpoint": checkpoint,
-        "unfinished": unfinished,
-        "runs": [run_record(run, experiment) for run, experiment in evaluated],
-        "comparison": to_record(comparison),
-    }
-    write_json(record, out / "experiments.json")
-    print(f"wrote {out / 'experiments.json'}")
-
-
-def run_record(run: Run, experiment: Experiment) -> dict[str, Any]:
-    """One run as plain JSON types; scores in [0, 1], times in seconds."""
-    classes: dict[str, dict[str, float | None]] = {}
-    for level, name, iou in per_class(experiment.result):
-        classes.setdefault(f"level{level}", {})[name] = iou
-    return {
-        "name": run.name,
-        "experiment": experiment.name,
-        "criterion": criterion_name(experiment.config["criterion"]),
-        "seed": experiment.seed,
-        "commit": experiment.said("commit"),
-        "hardware": experiment.said("hardware"),
-        "wall_s": experiment.curves[-1]["train_seconds"],
-        "evaluation_s": experiment.record["seconds"],
-        "epoch": experiment.record["epoch"],
-        "photos": experiment.record["photos"],
-        "decode": experiment.rule,
-        **experiment.scores,
-        "per_class": classes,
-        "rules": experiment.record["rules"],
-        "command": shlex.join(["python", "train.py", *run.arguments]),
-        "config": experiment.config,
-    }
-
-
-def _relative(path: Path) -> str:
-    """As seen from the repository, where it lies inside."""
-    absolute = path.resolve()
-    return str(absolute.relative_to(REPOSITORY) if absolute.is_relative_to(REPOSITORY) else path)
 
 
 if __name__ == "__main__":
