@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from configs.config import load_config
-from manage.diagnostics import Diagnosis, pixel_gradients
+from docs.figures import diagnose as tool
+from docs.figures.diagnose import Diagnosis
 from manage.train_manager import TrainManager
 from tests.factory import make_data, write_config
-from tools import diagnose as tool
-from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 
@@ -50,15 +49,6 @@ def test_tree_min_tells_leaf_and_upper_body_nothing_where_bce_does(tree: Hierarc
     assert positive["tree_min"][0]["mean_size"] == pytest.approx(3 * (1 - sigmoid(-1)))
 
 
-def test_a_gradient_does_not_depend_on_the_size_of_the_batch(tree: Hierarchy) -> None:
-    logits, labels = head_pixels(tree)
-    criterion = build_criterion("bce", tree)
-    one = pixel_gradients(criterion, logits[..., :1], labels[..., :1], tree)
-    three = pixel_gradients(criterion, logits, labels, tree)
-    assert torch.allclose(one[:, 0], three[:, 0])
-    assert not three[:, 2].any()  # void
-
-
 def test_violations_are_counted_per_child(tree: Hierarchy) -> None:
     summary = diagnose(tree)
     assert {name for name, rate in summary["violations"].items() if rate} == {"upper_body"}
@@ -80,15 +70,7 @@ def test_calibration_by_hand(tree: Hierarchy) -> None:
     assert background["ECE"] == pytest.approx((abs(low - 1) + abs(2 * high - 1)) / 3)
 
 
-def test_nothing_seen_is_none(tree: Hierarchy) -> None:
-    diagnosis = Diagnosis(tree, {"bce": build_criterion("bce", tree)})
-    diagnosis.update(torch.zeros(1, 10, 1, 1), torch.tensor([[[VOID]]]))
-    summary = diagnosis.summary()
-    assert summary["violation_rate"] is None
-    assert summary["gradients"]["bce"]["head"]["positive"] == {"pixels": 0, "share": None, "mean_size": None}
-    json.dumps(summary, allow_nan=False)
-
-
+@pytest.mark.slow
 def test_checkpoints_of_a_run_become_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path / "data", train=4, val=1)
     TrainManager(load_config(write_config(tmp_path, tmp_path / "data", n_epochs=2))).run()
@@ -105,11 +87,3 @@ def test_checkpoints_of_a_run_become_numbers_and_pictures(tmp_path: Path, monkey
         "calibration_error.png",
         "calibration.png",
     }
-    before = (out / "diagnosis.json").read_bytes()
-    tool.main()
-    assert (out / "diagnosis.json").read_bytes() == before  # the same photos and views
-
-
-def test_a_name_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a checkpoint nor an experiment"):
-        tool.find_checkpoints([str(tmp_path / "nothing")])

@@ -1,8 +1,8 @@
 """Measures through training what each node of the tree is told: gradients, violations, calibration of background.
 
-    python tools/diagnose.py losses_cpu_bce_seed0 losses_cpu_tree_min_seed0
-    python tools/diagnose.py experiments/losses_cpu_*_seed* --photos 64 --out docs/diagnosis
-    python tools/diagnose.py experiments/a/models_checkpoints/checkpoint_4.pt --criterion tree_min
+    python docs/figures/diagnose.py losses_cpu_bce_seed0 losses_cpu_tree_min_seed0
+    python docs/figures/diagnose.py experiments/losses_cpu_*_seed* --photos 64 --out docs/diagnosis
+    python docs/figures/diagnose.py experiments/a/models_checkpoints/checkpoint_4.pt --criterion tree_min
 
 Takes every checkpoint_<epoch>.pt of an experiment (keep them all: save_epoch=1, keep of at least n_epochs), or single
 files. All are fed the same random views of the same training photos, and the gradients of several criteria by the
@@ -12,12 +12,12 @@ weights if there are any, in evaluation mode.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -27,17 +27,17 @@ from manage.charts import line_chart
 from manage.checkpoint import NUMBERED, load_checkpoint
 from manage.comparison import criterion_name
 from manage.data import read_split, train_loader
-from manage.diagnostics import Diagnosis
 from manage.network import restore_network
 from utils.cli import progress, run_main
 from utils.dataset import Draw, mix
 from utils.errors import UserError
 from utils.files import write_json
 from utils.hierarchy import Hierarchy
-from utils.losses import build_criterion
+from utils.losses import Criterion, build_criterion
 from utils.transforms import normalise
 
 BATCH = 8
+BINS = 10  # of a score
 SAME_VIEWS = ("root_dir", "root_data_dir", "train_sample_ids_file", "n_train_photos", "short_side", "crop_size")
 STANDARD = ("bce", "tree_min", {"tree_min": 1.0, "bce": 1.0})
 
@@ -237,6 +237,108 @@ def _background(checkpoint: dict[str, Any]) -> str:
 
 def _file_name(criterion: str) -> str:
     return "_".join(criterion.replace("+", " ").split())
+
+
+# ---- sums over the labelled pixels of any number of batches ------------------------------------------------------
+
+
+class Diagnosis:
+    """Sums over pixels for one network and several criteria.
+
+    A gradient here is that of a pixel's own loss by a node's logit, before it is divided by the number of pixels.
+    It is looked at apart where the node is on the label's path ("positive") and where it is on none ("negative").
+    """
+
+    def __init__(self, h: Hierarchy, criteria: Mapping[str, Criterion]) -> None:
+        self.h, self.criteria = h, criteria
+        self.gradients = {name: torch.zeros(2, 2, h.num_nodes, dtype=torch.float64) for name in criteria}
+        self.pixels = torch.zeros(2, h.num_nodes, dtype=torch.float64)  # positive, negative
+        self.violations = torch.zeros(len(h.edges), dtype=torch.float64)
+        self.labelled = 0
+        self.bins = torch.zeros(3, h.num_nodes, BINS, dtype=torch.float64)  # pixels, sum of scores, positive pixels
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch. Shape: (B, N, H, W), (B, H, W)."""
+        logits = logits.detach().float().cpu()
+        labels = labels.cpu()
+        signs = self.h.signs("cpu")[:, self.h.index_of(labels).flatten()]  # (N, P)
+        is_label = labels.flatten() != self.h.ignore_index
+        self.labelled += int(is_label.sum())
+        self.pixels += torch.stack([(signs > 0).sum(1), (signs < 0).sum(1)])
+        for name, criterion in self.criteria.items():
+            self._add_gradients(name, pixel_gradients(criterion, logits, labels, self.h), signs)
+        flat = logits.transpose(0, 1).flatten(1)  # (N, P)
+        parents, children = self.h.edge_index("cpu")
+        violated = (flat[children] > 0) & (flat[parents] <= 0) & is_label
+        self.violations += violated.sum(1)
+        self._add_calibration(flat.sigmoid(), signs)
+
+    def _add_gradients(self, name: str, gradients: Tensor, signs: Tensor) -> None:
+        """[where it is not 0, its mean size] x [positive, negative] x node."""
+        for side, of_side in enumerate((signs > 0, signs < 0)):
+            sizes = gradients.abs() * of_side
+            self.gradients[name][0, side] += (sizes > 0).sum(1)
+            self.gradients[name][1, side] += sizes.sum(1, dtype=torch.float64)
+
+    def _add_calibration(self, scores: Tensor, signs: Tensor) -> None:
+        index = (scores * BINS).long().clamp_(max=BINS - 1)
+        known = signs != 0
+        for row, values in enumerate((known, scores * known, signs > 0)):
+            self.bins[row].scatter_add_(1, index, values.double())
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON types, by node name; None where nothing was seen."""
+        names = self.h.names
+        edges = {names[child]: self._rate(self.violations[e]) for e, (_, child) in enumerate(self.h.edges)}
+        pairs = self.labelled * len(self.h.edges)
+        return {
+            "pixels": self.labelled,
+            "background": [names[v] for v in sorted(self.h.background)],
+            "gradients": {name: self._gradient_summary(name) for name in self.criteria},
+            "violation_rate": float(self.violations.sum()) / pairs if pairs else None,
+            "violations": edges,
+            "calibration": {names[v]: self._calibration(v) for v in range(self.h.num_nodes)},
+        }
+
+    def _gradient_summary(self, criterion: str) -> dict[str, Any]:
+        share, size = (self.gradients[criterion] / self.pixels).tolist()  # NaN where there is no such pixel
+        return {
+            name: {
+                side: {"pixels": int(self.pixels[s, v]), "share": _known(share[s][v]), "mean_size": _known(size[s][v])}
+                for s, side in enumerate(("positive", "negative"))
+            }
+            for v, name in enumerate(self.h.names)
+        }
+
+    def _calibration(self, v: int) -> dict[str, Any]:
+        """Mean score against share of pixels, over all and in bins of the score; ECE is their mean distance."""
+        pixels, scores, positives = self.bins[:, v]
+        total = float(pixels.sum())
+        filled = pixels > 0
+        table = torch.stack([scores[filled] / pixels[filled], positives[filled] / pixels[filled], pixels[filled]], 1)
+        if not total:
+            return {"mean_score": None, "share": None, "ECE": None, "bins": []}
+        return {
+            "mean_score": float(scores.sum()) / total,
+            "share": float(positives.sum()) / total,
+            "ECE": float((scores - positives).abs().sum()) / total,
+            "bins": table.tolist(),
+        }
+
+    def _rate(self, count: Tensor) -> float | None:
+        return float(count) / self.labelled if self.labelled else None
+
+
+def pixel_gradients(criterion: Criterion, logits: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
+    """Gradient of each pixel's own loss by its logits. Shape: (B, N, H, W), (B, H, W) -> (N, B * H * W)."""
+    logits = logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(criterion(logits, labels), logits)
+    labelled = (labels != h.ignore_index).sum()  # the criterion is a mean over these
+    return (gradient * labelled).transpose(0, 1).flatten(1)
+
+
+def _known(value: float) -> float | None:
+    return value if value == value else None  # NaN is not equal to itself
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draws a finished experiment for a write-up: curves from TensorBoard's own files, and a sheet of val photos.
 
-    python tools/result_figures.py --cfg configs/pascal_part_cpu.json --evaluation best --out docs/figures
+    python docs/figures/result_figures.py --cfg configs/pascal_part_cpu.json --evaluation best --out docs/figures
 
 The sheet shows `--photos` val photos, evenly spread over the list of ids, so that nobody picked them.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from PIL import Image

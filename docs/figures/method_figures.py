@@ -1,7 +1,7 @@
 """Draws the figures of docs/method.md, each computed by the code that it explains.
 
-    python tools/method_figures.py                  # writes docs/figures/{tree,labels,gradient,paths,rules}.png
-    python tools/method_figures.py --out /tmp/figures
+    python docs/figures/method_figures.py                  # writes docs/figures/{tree,labels,gradient,paths,rules}.png
+    python docs/figures/method_figures.py --out /tmp/figures
 
 The tree is configs/hierarchies/pascal_part.json. Takes a few seconds; the pictures come out the same every time.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +22,7 @@ from utils.decode import DECODERS
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 FINE = 4  # drawn this much larger, then reduced: PIL does not smooth the edges of shapes
 SHARP = 2  # of which this much is kept, for screens with small pixels
 
