@@ -27,6 +27,7 @@ from utils.files import parse_json, read_json, write_whole
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CRITERIA = ("ce", "path_ce", "bce", "focal", "tree_min", "focal_tree_min")
 DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass")
+TTA = ("off", "flip", "full")  # flip doubles the work, full is 17 times as much
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "poly", "cosine")
 NODE_WEIGHTS = ("none", "inverse_sqrt", "effective_number")
@@ -35,7 +36,7 @@ METRICS = ("mIoU", "mIoU_with_background", "pixel_accuracy", "violation_rate")
 # Keys that may differ when a run is resumed: they change where and how, not what is computed.
 RESUMABLE_CHANGES = frozenset(
     "root_dir root_data_dir device num_workers save_epoch keep skip_unreadable "
-    "eval_checkpoint decode root_bias metrics log_every".split()
+    "eval_checkpoint decode root_bias tta metrics log_every".split()
 )
 
 # Keys that went: the value that changed nothing (ANY where none did), and what there is instead.
@@ -164,6 +165,7 @@ class Config:
     keep: int = knob(5, "how many of those are kept; best and last always are", low=1)
     decode: str = knob("logit_sum", "rule from node scores to a leaf", choices=DECODE_RULES)
     root_bias: dict[str, float] = knob({}, "root name -> offset before the argmax; fit it with tools/fit_decode.py")
+    tta: str = knob("off", "views averaged by evaluate, predict and export; full: six scales, flipped", choices=TTA)
     eval_checkpoint: str | None = knob(
         None, "what evaluate.py scores: best, last, checkpoint_<epoch> or a path", kind="path"
     )

@@ -121,15 +121,17 @@ def keep_newest(folder: Path, keep: int) -> None:
 
 
 def find_checkpoint(name: str, folder: Path, root: Path) -> Path:
-    """`best`, `last`, `checkpoint_7` or a path -> the file.
+    """`best`, `last`, `checkpoint_7`, a path, or a folder that holds `best` (an experiment's, too) -> the file.
 
     Raises: UserError that lists what is there.
     """
-    for path in (folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)):
+    places = [folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)]
+    inside = [place / best for place in places for best in ("models_checkpoints/best.pt", "best.pt")]
+    for path in (*places, *inside):
         if os.path.isfile(path):  # False, too, for names that no file can have
             return path
     if os.path.isdir(name):
-        raise UserError(f"{name} is a folder; name one checkpoint{_others(Path(name) / 'x')}")
+        raise UserError(f"{name} is a folder without best.pt; name one checkpoint{_others(Path(name) / 'x')}")
     raise UserError(f"{name!r}: no such checkpoint{_others(folder / 'x')}")
 
 

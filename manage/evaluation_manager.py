@@ -1,10 +1,12 @@
 """Evaluation: whole photos at native size, one pass, every level; scores, tables and pictures."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,21 +15,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from configs.config import DECODE_RULES, Config
+from configs.config import DECODE_RULES, REPOSITORY, Config, config_from_dict, load_config, parse_overrides
 from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, load_checkpoint
 from manage.data import Tolerance, batches_of, check_data, read_split, val_loader
 from manage.experiment import environment
-from manage.inference import photo_logits
-from manage.network import check_same_network, load_hierarchy, restore_network, root_bias
+from manage.inference import logit_rows, photo_named
+from manage.network import check_same_network, load_hierarchy, restore_network, tree_changes
+from manage.predictor import Decoding, how_to_feed
 from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
 from utils import visualize
 from utils.cli import progress
-from utils.decode import DECODERS
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import read_json, set_aside, write_json
 from utils.hierarchy import Hierarchy
-from utils.images import write_indexed
+from utils.images import read_photo, write_indexed
 from utils.metrics import LevelScores
 
 N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
@@ -35,12 +37,12 @@ N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
 
 @dataclass
 class Prediction:
-    """One val photo: image (3, h, w) as it was fed, labels (H, W), logits (1, N, H, W) at native size."""
+    """One val photo: image (3, h, w) as it was fed, labels (H, W), and bands of logits (1, N, rows, W)."""
 
     index: int
     image: Tensor
     labels: Tensor
-    logits: Tensor
+    bands: Iterator[tuple[slice, Tensor]]
 
 
 @dataclass
@@ -58,11 +60,11 @@ def predictions(
     loader: DataLoader,
     device: torch.device,
     tolerance: Tolerance,
-    amp: str,
+    how: dict[str, Any],
     bar: tqdm,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[Prediction]:
-    """Every readable photo of the loader through the network; `between` is called before each photo."""
+    """Every readable photo of the loader, fed as `how` tells `logit_rows`; `between` is called before each photo."""
     network.eval()
     rounds = distributed.largest(len(loader))
     for sample in batches_of(loader):
@@ -71,7 +73,9 @@ def predictions(
         if not tolerance.check(sample.index, sample.fault):
             continue
         image, labels = sample.image.to(device, non_blocking=True), sample.labels.to(device, non_blocking=True)
-        yield Prediction(sample.index, image, labels, photo_logits(network, image, tuple(labels.shape), amp))
+        with photo_named(tolerance.ids[sample.index]):  # around what is done with the photo, too
+            bands = logit_rows(network, image, tuple(labels.shape), **how)
+            yield Prediction(sample.index, image, labels, bands)
     for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
         between()
 
@@ -88,17 +92,18 @@ def validate(
 ) -> Validation:
     """Scores, loss and a few pictures over all photos of the loader; `between` is called before each photo."""
     device = next(network.parameters()).device
-    meter, bias = LevelScores(hierarchy, device), root_bias(config, hierarchy)
-    decode = DECODERS[config.decode]
+    meter, decode = LevelScores(hierarchy, device), Decoding.of(config)
     loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # sum over known pixels, and their number
     pictures: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        for prediction in predictions(network, loader, device, tolerance, config.amp, bar, between):
-            logits, labels = prediction.logits, prediction.labels[None]
-            leaves = decode(logits, hierarchy, bias)
-            meter.update(leaves, labels, logits)
-            known = (labels != hierarchy.ignore_index).sum()
-            loss_sum += torch.stack([criterion(logits, labels) * known, known])
+        for prediction in predictions(network, loader, device, tolerance, {"amp": config.amp}, bar, between):
+            leaves = torch.empty_like(prediction.labels)
+            for rows, logits in prediction.bands:
+                labels = prediction.labels[None, rows]
+                leaves[rows] = decode(logits, hierarchy)[0]
+                meter.update(leaves[None, rows], labels, logits)
+                known = (labels != hierarchy.ignore_index).sum()
+                loss_sum += torch.stack([criterion(logits, labels) * known, known])
             if len(pictures) < N_PICTURES:
                 pictures[f"{loader.dataset.files[prediction.index].photo.stem}"] = _panel(prediction, leaves, hierarchy)
     bar.close()
@@ -114,19 +119,33 @@ def validate(
 
 def _panel(prediction: Prediction, leaves: Tensor, hierarchy: Hierarchy) -> np.ndarray:
     photo = prediction.image.permute(1, 2, 0).cpu().numpy()
-    truth, predicted = prediction.labels.cpu().numpy(), leaves[0].cpu().numpy()
-    return visualize.board(photo, truth, predicted, hierarchy)
+    return visualize.board(photo, prediction.labels.cpu().numpy(), leaves.cpu().numpy(), hierarchy)
 
 
 # --- evaluate.py ---
 @dataclass
 class EvaluationOptions:
-    """The command line of evaluate.py: checkpoint name, number of photos, decoding rule, whether to draw."""
+    """The command line of evaluate.py. Decoding and views that are None are the checkpoint's own."""
 
     checkpoint: str | None = None
     limit: int | None = None
     decode: str | None = None
     pictures: bool = True
+    all_rules: bool = False
+    root_bias: dict[str, float] | None = None
+    tta: str | None = None
+    tile: int | None = None
+
+
+def config_to_evaluate(cfg: str | None, checkpoint: str | None, overrides: list[str]) -> Config:
+    """The config of the file; without one, that of a checkpoint given by its path; overrides on top of either."""
+    if cfg is None and checkpoint is not None:
+        try:
+            path = find_checkpoint(checkpoint, REPOSITORY / "experiments", REPOSITORY)
+        except UserError:  # `best`, say: of the experiment that the overrides name
+            return load_config(None, overrides)
+        return config_from_dict(load_checkpoint(path)["config"] | parse_overrides(overrides), f"{path}, its config")
+    return load_config(cfg, overrides)
 
 
 class EvaluationManager:
@@ -139,74 +158,95 @@ class EvaluationManager:
         self.config, self.options = config, options
         self.device = distributed.choose_device(config.device)
         distributed.start(self.device)
-        hierarchy = load_hierarchy(config)
-        name = options.checkpoint or config.eval_checkpoint
-        if not name:
-            raise UserError(
-                "key 'eval_checkpoint' is empty; name a checkpoint there or with --checkpoint (such as best)"
-            )
         if options.limit is not None and options.limit < 1:
             raise UserError(f"--limit {options.limit}: expected at least 1 photo")
+        name = options.checkpoint or config.eval_checkpoint or "best"
         self.checkpoint = find_checkpoint(name, config.checkpoints_dir, config.root)
         self.digest = checkpoint_digest(self.checkpoint)  # first: if a training replaces it now, the two do not match
         state = load_checkpoint(self.checkpoint)
-        check_same_network(config, hierarchy, state, str(self.checkpoint))
-        trained_with, self.hierarchy, network = restore_network(state, str(self.checkpoint))
-        self.short_side = trained_with.short_side
-        if config.short_side != trained_with.short_side:
-            raise UserError(
-                f"key 'short_side': {config.short_side}, but {self.checkpoint} was trained at "
-                f"{trained_with.short_side}; use the config that it was trained with"
-            )
-        if trained_with.root_bias and trained_with.root_bias != config.root_bias and distributed.is_main():
-            print(
-                f"the checkpoint's own root_bias {trained_with.root_bias}, fitted for {trained_with.decode}, is not "
-                "used: evaluate.py takes decode and root_bias from its config and overrides"
-            )
-        self.trained_with, self.epoch = trained_with, state["epoch"]
+        self.trained_with, self.hierarchy, network = restore_network(state, str(self.checkpoint))
+        self.epoch = state["epoch"]
+        self._check_config(state)
         self.network = network.to(self.device, memory_format=torch.channels_last)  # on a CPU a fifth faster
-        check_data(config, hierarchy, ["val"])
+        check_data(config, self.hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
         self.loader = val_loader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world())
         self.tolerance = Tolerance(config.skip_unreadable, self.ids)
-        chosen = options.decode or config.decode
-        self.rules = [config.decode, *(r for r in DECODE_RULES if r != config.decode)] if chosen == "all" else [chosen]
+        first = Decoding.of(self.trained_with, options.decode, options.root_bias)
+        first.biases(self.hierarchy)
+        others = [Decoding(rule, {}) for rule in DECODE_RULES if rule != first.rule] if options.all_rules else []
+        self.decodings = [first, *others]
+        self.how = how_to_feed(self.trained_with, self.hierarchy, options.tta, options.tile) | {"amp": config.amp}
         self.folder = config.experiment_dir / "evaluation" / self._name()
+        self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
+
+    def _check_config(self, state: dict) -> None:
+        """The config against the checkpoint: what cannot be is an error, what is not used is said."""
+        config, trained_with, source = self.config, self.trained_with, str(self.checkpoint)
+        notes = []
+        if config.hierarchy_file.is_file() or config.hierarchy != trained_with.hierarchy:  # a shipped model has its own
+            hierarchy = load_hierarchy(config)
+            check_same_network(config, hierarchy, state, source)
+            changes = [text for text in tree_changes(self.hierarchy, hierarchy) if not text.startswith("'name'")]
+            if changes:
+                notes.append(f"the config's tree is another one ({'; '.join(changes)}): scores are by the checkpoint's")
+        if config.short_side != trained_with.short_side:
+            raise UserError(
+                f"key 'short_side': {config.short_side}, but {source} was trained at "
+                f"{trained_with.short_side}; use the config that it was trained with"
+            )
+        for key in ("decode", "root_bias", "tta"):
+            ours, own = getattr(config, key), getattr(trained_with, key)
+            if getattr(self.options, key) is None and ours not in (own, getattr(Config, key, {})):
+                notes.append(f"the config's {key} {ours} is not used, but the checkpoint's own {own}; give {key}=...")
+        if distributed.is_main():
+            for note in notes:
+                print(f"note: {note}")
 
     def run(self) -> dict:
         """Writes scores and pictures, prints the table, returns what scores.json holds."""
         distributed.on_main_only(self._make_folder)
         began = time.monotonic()
-        meters = {rule: LevelScores(self.hierarchy, self.device) for rule in self.rules}
+        meters = [LevelScores(self.hierarchy, self.device) for _ in self.decodings]
         counts: dict[int, list[np.ndarray]] = {}  # photo -> confusion matrix by rule
-        # in the unit of the config's own rule: logits or probabilities, so no other rule takes it
-        biases = {self.config.decode: root_bias(self.config, self.hierarchy)}
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
-        with torch.inference_mode(), PictureWriter(self.folder, self.hierarchy, self.options.pictures) as writer:
-            for prediction in predictions(self.network, self.loader, self.device, self.tolerance, self.config.amp, bar):
-                labels = prediction.labels[None]
-                counts[prediction.index] = []
-                for rule, meter in meters.items():
-                    leaves = DECODERS[rule](prediction.logits, self.hierarchy, biases.get(rule))
-                    logits = prediction.logits if rule == self.rules[0] else None  # violations are of no rule
-                    matrix = meter.update(leaves, labels, logits)
-                    counts[prediction.index].append(matrix.cpu().numpy())
-                    if rule == self.rules[0]:
-                        writer.add(self.ids[prediction.index], prediction, leaves[0])
+        with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy, self.options.pictures) as writer:
+            for prediction in predictions(self.network, self.loader, self.device, self.tolerance, self.how, bar):
+                counts[prediction.index] = self._score(prediction, meters, writer)
         bar.close()
-        for meter in meters.values():
-            meter.violations.copy_(meters[self.rules[0]].violations)
-        for meter in meters.values():
+        for meter in meters:
+            meter.violations.copy_(meters[0].violations)
             distributed.sum_over_processes(meter.tensors())
-        counts = {index: value for part in distributed.gather(counts) for index, value in part.items()}
-        faults = {key: value for part in distributed.gather(self.tolerance.faults) for key, value in part.items()}
-        violations = {key: value for part in distributed.gather(writer.violations) for key, value in part.items()}
+        counts, faults, violations = (
+            {key: value for part in distributed.gather(found) for key, value in part.items()}
+            for found in (counts, self.tolerance.faults, writer.violations)
+        )
         if len(counts) + len(faults) != len(self.ids):
             raise RuntimeError(f"saw {len(counts)} of {len(self.ids)} photos")
-        results = {rule: meter.compute() for rule, meter in meters.items()}
+        results = {decoding.rule: meter.compute() for decoding, meter in zip(self.decodings, meters, strict=True)}
         return (
             distributed.on_main_only(self._write, results, counts, faults, violations, time.monotonic() - began) or {}
         )
+
+    def _score(self, prediction: Prediction, meters: list[LevelScores], writer: "PictureWriter") -> list[np.ndarray]:
+        """Adds a photo to the meters; its confusion matrix by each rule."""
+        labels, matrices = prediction.labels, [0] * len(meters)
+        leaves, maps = torch.empty_like(labels), report.MapSampler(labels, self.hierarchy.ignore_index)
+        for rows, logits in prediction.bands:
+            for i, (decoding, meter) in enumerate(zip(self.decodings, meters, strict=True)):
+                decided = decoding(logits, self.hierarchy)
+                # violations are of no rule
+                matrices[i] += meter.update(decided, labels[None, rows], None if i else logits)
+                if i == 0:
+                    leaves[rows] = decided[0]
+            if self.options.pictures:
+                maps.add(rows, logits[0])
+        if self.options.pictures:
+            photo = prediction.image.permute(1, 2, 0).cpu().numpy()
+            if photo.shape[:2] != leaves.shape:  # drawn on what the camera took, not on what the network was fed
+                photo = self.loader.dataset.files[prediction.index].photo
+            writer.add(self.ids[prediction.index], photo, leaves.cpu().numpy(), maps.maps(leaves))
+        return [matrix.cpu().numpy() for matrix in matrices]
 
     @property
     def _is_own(self) -> bool:
@@ -214,82 +254,106 @@ class EvaluationManager:
         return self.checkpoint.parent.resolve().is_relative_to(self.config.checkpoints_dir.resolve())
 
     def _name(self) -> str:
-        """The checkpoint's name, and what makes this evaluation another one."""
-        name = self.checkpoint.stem if self._is_own else f"{self.trained_with.exp_name}-{self.checkpoint.stem}"
-        if self.options.limit is not None:
-            name += f"-limit{self.options.limit}"
-        if self.options.decode not in (None, "all") and self.options.decode != self.config.decode:
-            name += f"-{self.options.decode}"
-        return name
+        """The checkpoint's name, and what makes this evaluation another one than by its own rule and views."""
+        own, first, options = Decoding.of(self.trained_with), self.decodings[0], self.options
+        names = [self.checkpoint.stem if self._is_own else f"{self.trained_with.exp_name}-{self.checkpoint.stem}"]
+        names += [f"limit{options.limit}"] if options.limit is not None else []
+        names += [first.rule] if first.rule != own.rule else []
+        names += ["bias"] if options.root_bias is not None and first != own else []
+        names += [self.how["tta"]] if self.how["tta"] != self.trained_with.tta else []
+        names += [f"tile{options.tile}"] if options.tile is not None else []
+        return "-".join(names)
 
     def _make_folder(self) -> None:
         try:
-            if self.folder.exists():
-                stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.folder.stat().st_mtime))
-                aside = self.folder.with_name(f"{self.folder.name}.old-{stamp}")
-                self.folder.rename(aside)
-                print(f"an earlier evaluation was moved to {aside}")
-            self.folder.mkdir(parents=True)
+            shutil.rmtree(self.unfinished, ignore_errors=True)  # of an evaluation that was stopped
+            self.unfinished.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{self.unfinished}: cannot be written ({error.strerror})") from None
+
+    def _move_into_place(self) -> None:
+        """An equal evaluation is replaced, any other one is set aside."""
+        if self.folder.exists():
+            if _identity(self.folder) == _identity(self.unfinished):
+                shutil.rmtree(self.folder)
+            else:
+                print(f"an earlier evaluation, of other weights or options, was moved to {set_aside(self.folder)[0]}")
+        self.unfinished.rename(self.folder)
 
     def _write(self, results: dict, counts: dict, faults: dict, violations: dict, seconds: float) -> dict:
-        first = self.rules[0]
+        first, order = self.decodings[0], sorted(counts)
         record = {
             "checkpoint": self.checkpoint.name if self._is_own else str(self.checkpoint.resolve()),
             "checkpoint_sha256": self.digest,
             "epoch": self.epoch,
             "amp": self.config.amp,  # of this evaluation; "config" is the training's
-            "decode": first,
-            "root_bias": self.config.root_bias if first == self.config.decode else {},
+            "tta": self.how["tta"],
+            "tile": self.how["tile"],
+            "decode": first.rule,
+            "root_bias": first.root_bias,
             "photos": len(counts),
             "left_out": faults,
             "seconds": round(seconds, 1),
-            "scores": summary(results[first]),
-            "levels": results[first]["levels"],
+            "scores": summary(results[first.rule]),
+            "levels": results[first.rule]["levels"],
             "rules": {rule: summary(result) for rule, result in results.items()},
             "config": self.trained_with.to_dict(),
             "tree": self.hierarchy.to_dict(),
             "environment": environment(self.device) | {"processes": distributed.world()},
         }
-        write_json(record, self.folder / "scores.json")
-        write_csv(results, self.folder / "scores.csv")
-        order = sorted(counts)
-        np.savez_compressed(
-            self.folder / "photos.npz",
-            ids=np.array([self.ids[index] for index in order]),
-            **{
-                rule: np.stack([counts[index][i] for index in order]).astype(np.int32) if order else np.zeros(0)
-                for i, rule in enumerate(self.rules)
-            },
-        )
-        if self.options.pictures:
-            photos = [
-                report.photo_line(self.ids[i], counts[i][0], violations[self.ids[i]], self.hierarchy) for i in order
-            ]
-            report.write_report(self.folder, record, photos, self.hierarchy)
-        print(table(results[first], self.hierarchy))
+        matrices = {
+            rule: np.stack([counts[index][i] for index in order]).astype(np.int32) if order else np.zeros(0)
+            for i, rule in enumerate(results)
+        }
+        try:
+            write_json(record, self.unfinished / "scores.json")
+            write_csv(results, self.unfinished / "scores.csv")
+            ids = np.array([self.ids[index] for index in order])
+            np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **matrices)
+            if self.options.pictures:
+                photos = [
+                    report.photo_line(self.ids[i], counts[i][0], violations[self.ids[i]], self.hierarchy) for i in order
+                ]
+                report.write_report(self.unfinished, record, photos, self.hierarchy)
+            self._move_into_place()
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
+        print(table(results[first.rule], self.hierarchy))
         if len(results) > 1:
             print(rules_table(record["rules"]))
         for sample_id, fault in faults.items():
             print(f"left out: {sample_id}: {fault}")
-        bias = f" with root_bias {record['root_bias']}" if record["root_bias"] else ""
-        bias += " (the other rules without)" if bias and len(results) > 1 else ""
-        print(f"{len(counts)} photos, decoded by {first}{bias}; scores and pictures are in {self.folder}")
+        others = " (the other rules without)" if first.root_bias and len(results) > 1 else ""
+        how = f", tta {self.how['tta']}" if self.how["tta"] != "off" else ""
+        print(f"{len(counts)} photos, decoded by {first}{others}{how}; scores and pictures are in {self.folder}")
         return record
+
+
+def _identity(folder: Path) -> tuple | None:
+    """What makes two evaluations say the same; None of a folder that holds none."""
+    try:
+        record = read_json(folder / "scores.json")
+        with np.load(folder / "photos.npz") as photos:
+            content = [*photos["ids"].tolist(), *photos]
+    except (UserError, OSError, ValueError, KeyError):
+        return None
+    keys = ("checkpoint_sha256", "amp", "tta", "tile", "decode", "root_bias")
+    return ([record.get(key) for key in keys], content, (folder / "index.html").exists())
 
 
 class PictureWriter:
     """Draws predictions in threads beside the network: per level an indexed PNG, an overlay, and the report's files."""
 
-    def __init__(self, folder: Path, hierarchy: Hierarchy, is_on: bool, threads: int = 2, waiting: int = 16) -> None:
-        self.folder, self.hierarchy, self.is_on, self.waiting = folder / "pictures", hierarchy, is_on, waiting
+    WAITING = 16 * 2**20  # pixels of photos that wait to be drawn
+
+    def __init__(self, folder: Path, hierarchy: Hierarchy, is_on: bool, threads: int = 2) -> None:
+        self.folder, self.hierarchy = folder / "pictures", hierarchy
         self.pool = ThreadPoolExecutor(threads) if is_on else None
-        self.jobs: list = []
+        self.jobs: list = []  # (future, pixels)
         self.violations: dict[str, float | None] = {}  # id -> violated share, known once the photo is drawn
 
     def __enter__(self) -> "PictureWriter":
-        if self.is_on:
+        if self.pool is not None:
             for name in (*self.hierarchy.level_names, "overlay", "report"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         return self
@@ -300,23 +364,21 @@ class PictureWriter:
             if kind is None:
                 self._collect(0)
 
-    def add(self, sample_id: str, prediction: Prediction, leaves: Tensor) -> None:
-        if self.pool is not None:
-            photo = prediction.image.permute(1, 2, 0).cpu().numpy()
-            maps = report.small_maps(prediction.labels, leaves, prediction.logits[0], self.hierarchy.ignore_index)
-            self.jobs.append(self.pool.submit(self._draw, sample_id, photo, leaves.to(torch.uint8).cpu().numpy(), maps))
-            self._collect(self.waiting)
+    def add(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
+        self.jobs.append((self.pool.submit(self._draw, sample_id, photo, leaves, maps), leaves.size))
+        self._collect(self.WAITING)
 
     def _collect(self, allowed: int) -> None:
-        """Waits until at most `allowed` photos are being drawn; an error while drawing is raised here."""
-        while len(self.jobs) > allowed:
+        """Waits until at most `allowed` pixels are being drawn; an error while drawing is raised here."""
+        while sum(pixels for _, pixels in self.jobs) > allowed:
             try:
-                self.jobs.pop(0).result()
+                self.jobs.pop(0)[0].result()
             except OSError as error:
                 raise UserError(f"{self.folder}: pictures cannot be written ({error.strerror})") from None
 
-    def _draw(self, sample_id: str, photo: np.ndarray, leaves: np.ndarray, maps: report.SmallMaps) -> None:
+    def _draw(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         h = self.hierarchy
+        photo = np.asarray(read_photo(photo)) if isinstance(photo, Path) else photo
         self.violations[sample_id] = report.write_photo(self.folder / "report", sample_id, photo, maps, h)
         for level, name in enumerate(h.level_names):
             write_indexed(self.folder / name / f"{sample_id}.png", h.level_of(leaves, level), h.colours)

@@ -1,30 +1,214 @@
-"""A whole photo through the network, at its own size."""
+"""A photo through the network, whatever its size: the one way that evaluation, validation and prediction share.
+
+    logits = photo_logits(network, image, size, tta="flip")                # (1, N, H, W)
+    for rows, logits in logit_rows(network, image, size):                  # (1, N, rows, W), from top to bottom
+
+A photo of more than `WHOLE` pixels goes through in windows that overlap by a quarter. A window says nothing within a
+sixteenth of its side from an edge inside the photo, where it lacks context; from there its say grows until its
+neighbour's ends. Windows start at multiples of the network's stride, so that a pixel sees the same grid as in the
+whole photo.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
 from utils.transforms import normalise
 
+WHOLE = 1024 * 2048  # pixels that go through at once
+TILE, SMALLEST_TILE = 1024, 256
+BAND = 2**25  # logits that are enlarged at once
+SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
+MEAN_OF = "logits"  # what the views of test-time augmentation are averaged as; or "probabilities"
 
-@torch.inference_mode()
-def photo_logits(network: nn.Module, image: Tensor, size: tuple[int, int], amp: str = "off") -> Tensor:
-    """Logits of one photo at `size`, whatever size it was fed at; padding is cut off before anything is scored.
 
-    Shape: (3, h, w) uint8 -> (1, N, *size) float32.
+class NotFinite(UserError):
+    """The network's answer is no number: of no use for any photo."""
+
+
+def photo_logits(network: nn.Module, image: Tensor, size: tuple[int, int], amp: str = "off", **how) -> Tensor:
+    """Logits of one photo at `size`, whatever size it is fed at. Shape: (3, h, w) uint8 -> (1, N, *size) float32."""
+    bands = [logits for _, logits in logit_rows(network, image, size, amp, **how)]
+    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=2)
+
+
+def logit_rows(
+    network: nn.Module,
+    image: Tensor,
+    size: tuple[int, int],
+    amp: str = "off",
+    tta: str = "off",
+    tile: int | None = None,
+    mirror: Sequence[int] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """`photo_logits` in bands of rows, so that no photo is too large; where memory lacks, in smaller windows.
+
+    `tile` None: windows only where the photo is large. `mirror`: the node that each node is in a mirror.
+    Shape: (3, h, w) uint8 -> (rows, (1, N, rows, W) float32).
+    Raises: NotFinite; what an allocator raises, where even the smallest windows are too large.
     """
-    images = image.unsqueeze(0)
+    height, width = image.shape[-2:]
+    if tile is None and height * width > WHOLE:
+        tile = TILE
+    # views at other scales hold more detail than the fed size, where the photo itself has more
+    grain = 2 if tta == "full" and (height, width) != size and height < size[0] else 1
+    for side in itertools.chain([tile], smaller_tiles(tile or max(height, width))):
+        begun = False
+        try:
+            parts = _blended(network, image, side, grain, (amp, tta, mirror))
+            for rows, logits in _resized(parts, (grain * height, grain * width), size):
+                begun = True
+                yield rows, logits
+            return
+        except (RuntimeError, MemoryError) as error:
+            if begun or not is_out_of_memory(error) or side == SMALLEST_TILE:
+                raise
+
+
+def smaller_tiles(tile: int) -> Iterator[int]:
+    """Halves, down to the smallest."""
+    while tile > SMALLEST_TILE:
+        tile = max(SMALLEST_TILE, tile // 2)
+        yield tile
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def photo_named(name: str) -> Iterator[None]:
+    """Errors say which photo they are about. Raises: UserError in place of what an allocator raises."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"photo {name!r}: {error}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"photo {name!r}: does not fit in memory, even in windows of {SMALLEST_TILE}; leave other work on this "
+            "machine, make the photo smaller, or set a short_side in the config and train with it"
+        ) from None
+
+
+# --- windows ---
+def windows(length: int, tile: int | None, stride: int) -> list[tuple[slice, Tensor]]:
+    """Where the windows of one axis lie, and their weights, which add up to 1 at every pixel."""
+    tile = -(-tile // stride) * stride if tile else length
+    if length <= tile:
+        return [(slice(0, length), torch.ones(length))]
+    step = max(stride, 3 * tile // 4 // stride * stride)
+    last = -((tile - length) // stride) * stride  # its end is the photo's, and its start on the grid of strides
+    overlap, margin = tile - step, (tile - step) / 4
+    total, found = torch.zeros(length), []
+    for start in [*range(0, last, step), last]:
+        inside = slice(start, min(start + tile, length))
+        x = torch.arange(inside.start, inside.stop) + 0.5
+        left = x - start if start else torch.full_like(x, torch.inf)
+        right = inside.stop - x if inside.stop < length else torch.full_like(x, torch.inf)
+        found.append((inside, ((torch.minimum(left, right) - margin) / (overlap - 2 * margin)).clamp(0, 1)))
+        total[inside] += found[-1][1]
+    return [(inside, weights / total[inside]) for inside, weights in found]
+
+
+def _blended(network: nn.Module, image: Tensor, tile: int | None, grain: int, how: tuple) -> Iterator[Tensor]:
+    """Shape: (3, h, w) -> parts of (N, grain * h, grain * w), from top to bottom."""
+    stride = getattr(network, "stride", 32)
+    down, across = (windows(length, tile, stride) for length in image.shape[-2:])
+    if len(down) == len(across) == 1:
+        yield _mean_of_views(network, image, grain, *how)
+        return
+    rest = None  # what the window row before has said of rows that this one speaks of, too
+    for (rows, row_weights), below in zip(down, [*down[1:], None], strict=True):
+        part = None
+        for columns, column_weights in across:
+            logits = _mean_of_views(network, image[:, rows, columns], grain, *how)
+            if part is None:
+                part = logits.new_zeros(*logits.shape[:2], grain * image.shape[-1])
+            weights = row_weights[:, None] * column_weights
+            weights = weights.repeat_interleave(grain, 0).repeat_interleave(grain, 1).to(logits.device)
+            part[..., grain * columns.start : grain * columns.stop].addcmul_(logits, weights)
+        if rest is not None:
+            part[:, : rest.shape[1]] += rest
+        done = grain * ((below[0].start if below else rows.stop) - rows.start)
+        rest = part[:, done:].clone()
+        yield part[:, :done]
+
+
+def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    """What F.interpolate(mode="bilinear") makes of all parts together, in bands of rows."""
+    source = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * (fed[0] / size[0]) - 0.5).clamp(0, fed[0] - 1)
+    above = source.long()
+    below, share = (above + 1).clamp(max=fed[0] - 1), (source - above).float()
+    held, top, row = None, 0, 0
+    for part in parts:
+        held = part if held is None else torch.cat([held, part], dim=1)
+        ready = int((below < top + held.shape[1]).sum())
+        band = max(1, BAND // (held.shape[0] * size[1]))
+        for start in range(row, ready, band):
+            rows = slice(start, min(start + band, ready))
+            strip = held
+            if fed[0] != size[0] or rows.stop - rows.start != held.shape[1]:
+                a, b = ((index[rows] - top).to(held.device) for index in (above, below))
+                strip = torch.lerp(held[:, a], held[:, b], share[rows, None].to(held.device))
+            logits = strip[None]
+            if fed[1] != size[1]:
+                logits = F.interpolate(logits, (strip.shape[1], size[1]), mode="bilinear", align_corners=False)
+            yield rows, logits.contiguous()  # one plane a node, which decoding reads faster
+        row = ready
+        if row < size[0]:
+            kept = int(above[row])
+            held, top = held[:, kept - top :].clone(), kept
+
+
+# --- one window ---
+@torch.inference_mode()
+def _mean_of_views(
+    network: nn.Module, image: Tensor, grain: int, amp: str, tta: str, mirror: Sequence[int] | None
+) -> Tensor:
+    """The mean over scales and flips. Shape: (3, h, w) uint8 -> (N, grain * h, grain * w)."""
+    size = [grain * side for side in image.shape[-2:]]
+    total, flips = None, (False,) if tta == "off" else (False, True)
+    for scale, is_flipped in itertools.product(SCALES[tta], flips):
+        view = image[None]
+        if scale != 1:
+            shape = [max(1, round(side * scale)) for side in image.shape[-2:]]
+            view = F.interpolate(view.float(), shape, mode="bilinear", align_corners=False)
+        logits = _forward(network, view.flip(-1) if is_flipped else view, amp)
+        if is_flipped:
+            logits = logits.flip(-1) if mirror is None else logits.flip(-1)[:, list(mirror)]
+        if list(logits.shape[-2:]) != size:
+            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+        if tta == "off":
+            return logits[0]
+        logits = logits.sigmoid() if MEAN_OF == "probabilities" else logits
+        total = logits if total is None else total + logits
+    mean = total[0] / (len(SCALES[tta]) * len(flips))
+    return mean.logit(eps=1e-7) if MEAN_OF == "probabilities" else mean
+
+
+def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:
+    """Padding is cut off before anything is scored. Shape: (1, 3, h, w) in 0..255 -> (1, N, h, w) float32.
+
+    Raises: NotFinite.
+    """
     height, width = images.shape[-2:]
     least = getattr(network, "stride", 32)
     if min(height, width) < least:  # slimmer than the encoder's stride
-        padding = (0, max(0, least - width), 0, max(0, least - height))
-        images = F.pad(images.float(), padding, mode="replicate").to(torch.uint8)
-    with autocast(image.device, amp):
+        images = F.pad(images.float(), (0, max(0, least - width), 0, max(0, least - height)), mode="replicate")
+    with autocast(images.device, amp):
         logits = network(normalise(images))
     logits = logits.float()[..., :height, :width]
-    if (height, width) != size:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return logits.contiguous()  # one plane a node, which decoding reads faster
+    if not logits.sum().isfinite():  # one pass; the sum of finite logits is far from overflowing
+        half = "half precision may have overflowed: set amp=off or amp=bf16; otherwise " if amp != "off" else ""
+        raise NotFinite(f"the network's logits are not finite; {half}its weights are spoilt: use another checkpoint")
+    return logits
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

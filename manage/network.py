@@ -128,14 +128,18 @@ def check_same_tree(config: Config, hierarchy: Hierarchy, state: dict, source: s
 
     Colours may differ; the scores do not depend on them.
     """
-    theirs = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
-    then, now = _beside_fingerprint(theirs), _beside_fingerprint(hierarchy)
-    changed = [f"{key!r} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
+    changed = tree_changes(Hierarchy.from_dict(state["tree"], f"{source}, its tree"), hierarchy)
     if changed:
         raise UserError(
             f"{config.hierarchy_file}: the tree has changed since {source} was written ({'; '.join(changed)}). A run "
             "that goes on must keep it: put the old tree back, or choose another exp_name"
         )
+
+
+def tree_changes(theirs: Hierarchy, ours: Hierarchy) -> list[str]:
+    """In what two trees of one fingerprint differ, beside colours."""
+    then, now = _beside_fingerprint(theirs), _beside_fingerprint(ours)
+    return [f"{key!r} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
 
 
 def _beside_fingerprint(hierarchy: Hierarchy) -> dict:

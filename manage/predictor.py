@@ -1,43 +1,91 @@
 """From a checkpoint to label maps of any photo.
 
-predictor = Predictor.load("best.pt")
+predictor = Predictor.load("best.pt")           # or an experiment's folder, or one that tools/export.py wrote
 result = predictor(Image.open("photo.jpg"))     # .levels .leaves .scores .shares
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from configs.config import DECODE_RULES, Config
+from configs.config import DECODE_RULES, REPOSITORY, Config
 from manage import distributed
-from manage.checkpoint import load_checkpoint
-from manage.inference import photo_logits
-from manage.network import restore_network, root_bias
+from manage.checkpoint import find_checkpoint, load_checkpoint
+from manage.inference import SCALES, SMALLEST_TILE, logit_rows
+from manage.network import restore_network
 from models.hseg import HSEG
 from utils.decode import DECODERS
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import photo_size, read_photo, scaled_size, upright_rgb
 
-TTA_SCALES = (0.75, 1.0, 1.25)
 SLIM = 8  # a photo this many times longer than wide is not enlarged: at short_side it could fill the memory
+EXACT = 2**26  # logits of one photo that are kept in float32; more are kept in float16
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The rule from scores to a leaf, and the offset of each root, by name. Of a checkpoint: see `of`."""
+
+    rule: str
+    root_bias: dict[str, float]
+
+    @classmethod
+    def of(cls, trained_with: Config, rule: str | None = None, root_bias: dict | None = None) -> "Decoding":
+        """The checkpoint's own rule and offset, where the user names no other; the offset is for its own rule alone."""
+        own = getattr(trained_with, "decode_rule", trained_with.decode)
+        rule = own if rule in (None, "auto") else rule
+        if rule not in DECODERS:
+            raise UserError(f"decode {rule!r} is no decoding rule; expected one of {', '.join(DECODE_RULES)}")
+        if root_bias is None:
+            root_bias = trained_with.root_bias if rule == own else {}
+        return cls(rule, root_bias)
+
+    def __call__(self, logits: Tensor, h: Hierarchy) -> Tensor:
+        """Shape: (B, N, H, W) -> (B, H, W) leaf ids."""
+        return DECODERS[self.rule](logits, h, self.biases(h))
+
+    def biases(self, h: Hierarchy) -> list[float] | None:
+        """One offset for each root, in the tree's order. Raises: UserError for a name that is no root."""
+        names = [h.names[root] for root in h.roots]
+        for name in self.root_bias:
+            if name not in names:
+                raise UserError(f"root_bias: {name!r} is not a root of the tree; its roots are {', '.join(names)}")
+        return [self.root_bias.get(name, 0.0) for name in names] if self.root_bias else None
+
+    def __str__(self) -> str:
+        return self.rule + (f" with root_bias {self.root_bias}" if self.root_bias else "")
+
+
+def how_to_feed(trained_with: Config, h: Hierarchy, tta: str | None = None, tile: int | None = None) -> dict[str, Any]:
+    """What `logit_rows` is told, beside the precision. Raises: UserError for values that it does not take."""
+    tta = tta or trained_with.tta
+    if tta not in SCALES:
+        raise UserError(f"tta {tta!r}: expected one of {', '.join(SCALES)}")
+    if tile is not None and tile < SMALLEST_TILE:
+        raise UserError(f"tile {tile}: expected at least {SMALLEST_TILE} pixels, the side of a window")
+    return {"tta": tta, "tile": tile, "mirror": getattr(h, "mirror", None)}
 
 
 @dataclass
 class Result:
     """What the network says of one photo, at the photo's own upright size."""
 
-    photo: Image.Image  # as the network saw it: upright RGB, at the checkpoint's short_side
+    source: Image.Image | Path
     leaves: np.ndarray  # (H, W) uint8 node ids
-    logits: Tensor  # (N, H, W)
+    logits: Tensor | None  # (N, H, W), where they were asked for
     hierarchy: Hierarchy
+
+    @cached_property
+    def photo(self) -> Image.Image:
+        """The photo itself, upright RGB, at its own size."""
+        return self.source if isinstance(self.source, Image.Image) else read_photo(self.source)
 
     @cached_property
     def levels(self) -> list[np.ndarray]:
@@ -46,7 +94,7 @@ class Result:
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """Score of every node. Shape: (N, H, W) float32 in [0, 1]."""
+        """Score of every node. Shape: (N, H, W) in [0, 1], float32, of a very large photo float16."""
         return self.logits.sigmoid().cpu().numpy()
 
     @cached_property
@@ -61,75 +109,74 @@ class Result:
 
 
 class Predictor:
-    """A network with its tree and decoding rule, called with a photo.
+    """A network with its tree and decoding, called with a photo. Whatever is not named is the checkpoint's own."""
 
-    `root_bias` of the checkpoint was fitted for the checkpoint's own rule, so another rule goes without it.
-    """
-
-    def __init__(self, network: HSEG, config: Config, hierarchy: Hierarchy, decode: str | None = None) -> None:
+    def __init__(
+        self,
+        network: HSEG,
+        config: Config,
+        hierarchy: Hierarchy,
+        decode: str | None = None,
+        root_bias: dict[str, float] | None = None,
+        tta: str | None = None,
+        tile: int | None = None,
+    ) -> None:
         self.network, self.config, self.hierarchy = network.eval(), config, hierarchy
-        self.rule = decode or config.decode
-        if self.rule not in DECODE_RULES:
-            raise UserError(f"decode {self.rule!r} is no decoding rule; expected one of {', '.join(DECODE_RULES)}")
-        self.root_bias = root_bias(config, hierarchy) if self.rule == config.decode else None
+        self.decoding = Decoding.of(config, decode, root_bias)
+        self.decoding.biases(hierarchy)
         self.device = next(network.parameters()).device
+        self.how = how_to_feed(config, hierarchy, tta, tile) | {
+            "amp": config.amp if self.device.type == "cuda" else "off"
+        }
 
     @classmethod
-    def load(cls, checkpoint: str | Path, device: str = "auto", decode: str | None = None) -> "Predictor":
-        """A predictor from a checkpoint, which holds all that it needs.
+    def load(cls, checkpoint: str | Path, device: str = "auto", **options) -> "Predictor":
+        """A predictor from a checkpoint, which holds all that it needs; options as in the constructor.
 
-        Raises: UserError for a checkpoint, device or rule that cannot be used.
+        Raises: UserError for a checkpoint, device or option that cannot be used.
         """
         where = distributed.choose_device(device)
-        config, hierarchy, network = restore_network(load_checkpoint(checkpoint), str(checkpoint))
-        return cls(network.to(where), config, hierarchy, decode)
+        path = find_checkpoint(str(checkpoint), REPOSITORY / "experiments", REPOSITORY)
+        config, hierarchy, network = restore_network(load_checkpoint(path), str(path))
+        return cls(network.to(where), config, hierarchy, **options)
 
-    def __call__(self, photo: Image.Image, tta: bool = False) -> Result:
-        """Predicts a photo of any mode and size; `tta` averages the logits over flips and scales.
+    def __call__(self, photo: Image.Image, keep_logits: bool = True) -> Result:
+        """Predicts a photo of any mode and size.
 
         Raises: ValueError for mode F, whose pixels have no known range.
         """
         photo = upright_rgb(photo)
-        size = photo.size
-        short_side = self._short_side(size)
-        if short_side is not None:
-            photo = photo.resize(scaled_size(size, short_side), Image.Resampling.BILINEAR)
-        return self._predict(photo, size, tta)
+        return self._predict(self.fed(photo), photo, photo.size, keep_logits)
 
-    def predict_file(self, path: str | Path, tta: bool = False) -> Result:
+    def predict_file(self, path: str | Path, keep_logits: bool = True) -> Result:
         """Predicts a photo file, read exactly as evaluate.py reads it, but that a slim photo is never enlarged.
 
         Raises: UserError for a file that cannot be read.
         """
         size = photo_size(path)
-        return self._predict(read_photo(path, self._short_side(size)), size, tta)
+        return self._predict(read_photo(path, self._short_side(size)), Path(path), size, keep_logits)
 
-    def predict_as_is(self, photo: Image.Image) -> Result:
-        """Predicts an RGB photo at the size that it has, whatever the checkpoint's short_side."""
-        return self._predict(photo, photo.size, tta=False)
+    def fed(self, photo: Image.Image) -> Image.Image:
+        """An upright RGB photo at the size at which the network takes it."""
+        short_side = self._short_side(photo.size)
+        if short_side is None:
+            return photo
+        return photo.resize(scaled_size(photo.size, short_side), Image.Resampling.BILINEAR)
 
     def _short_side(self, size: tuple[int, int]) -> int | None:
         short_side = self.config.short_side
-        if short_side is not None and max(size) > SLIM * min(size):
-            return min(short_side, min(size))
-        return short_side
+        return min(short_side, min(size)) if short_side and max(size) > SLIM * min(size) else short_side
 
-    def _predict(self, photo: Image.Image, size: tuple[int, int], tta: bool) -> Result:
-        image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous().to(self.device)
-        logits = self._logits(image, size[::-1], TTA_SCALES if tta else (1.0,), flip=tta)
-        leaves = DECODERS[self.rule](logits, self.hierarchy, self.root_bias)[0]
-        return Result(photo, leaves.cpu().numpy(), logits[0], self.hierarchy)
-
-    def _logits(self, image: Tensor, size: tuple[int, int], scales: Sequence[float], flip: bool) -> Tensor:
-        """The mean over the views. Shape: (3, h, w) uint8 -> (1, N, *size)."""
-        amp = self.config.amp if self.device.type == "cuda" else "off"
-        total, views = 0, 0
-        for scale in scales:
-            shape = [max(1, round(side * scale)) for side in image.shape[-2:]]
-            view = image if scale == 1 else F.resize(image, shape, antialias=True)
-            total = total + photo_logits(self.network, view, size, amp)
-            views += 1
-            if flip:
-                total = total + photo_logits(self.network, view.flip(-1), size, amp).flip(-1)
-                views += 1
-        return total / views
+    def _predict(self, fed: Image.Image, source: Image.Image | Path, size: tuple, keep_logits: bool) -> Result:
+        image = torch.from_numpy(np.asarray(fed)).permute(2, 0, 1).to(self.device)
+        source = fed if isinstance(source, Path) and fed.size == size else source
+        leaves, kept, kind = np.empty(size[::-1], np.uint8), None, torch.float32
+        for rows, logits in logit_rows(self.network, image, size[::-1], **self.how):
+            leaves[rows] = self.decoding(logits, self.hierarchy)[0].cpu().numpy()
+            if keep_logits and kept is None:
+                count = logits.shape[1] * leaves.size
+                kind = torch.float32 if count <= EXACT else torch.float16
+                kept = torch.empty(logits.shape[1], *leaves.shape, dtype=kind)
+            if keep_logits:
+                kept[:, rows] = logits[0].to("cpu", kind)
+        return Result(source, leaves, kept, self.hierarchy)

@@ -1,6 +1,6 @@
 """The report of an evaluation: index.html beside scores.json, for reading from disk without a server.
 
-    maps = small_maps(labels, leaves, logits)                            # on the network's device, photo by photo
+    sampler.add(rows, logits); maps = sampler.maps(leaves)               # on the network's device, photo by photo
     violations = write_photo(folder, sample_id, photo, maps, hierarchy)  # pictures/report/<id>.jpg and <id>.js
     write_report(folder, scores, lines, hierarchy)                       # index.html, once
 
@@ -26,13 +26,13 @@ from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
-MAP_SIDE, SCORE_SIDE = 256, 96  # longer side of label maps, and of score maps, in the page
+MAP_SIDE = 256  # longer side of label maps in the page
 ASSETS = Path(__file__).parent / "report_assets"
 
 
 @dataclass
 class SmallMaps:
-    """What the page shows of a photo's maps: the nearest pixels on a coarse grid.
+    """What the page shows of a photo's maps: the nearest pixels on a coarse grid, and on half of it.
 
     Shape: truth, leaves (h, w) node ids; scores (N, s, t), byte b standing for the scores from b/256 to (b+1)/256;
     known (s, t), False at void. All uint8 or bool, on the CPU.
@@ -44,27 +44,41 @@ class SmallMaps:
     known: np.ndarray
 
 
-def small_maps(labels: Tensor, leaves: Tensor, logits: Tensor, ignore_index: int) -> SmallMaps:
-    """Samples the maps on their device, so that little leaves it. Shape: (H, W), (H, W), (N, H, W)."""
-    maps, scores = _grid(labels, MAP_SIDE), _grid(labels, SCORE_SIDE)
-    sampled = torch.sigmoid(logits[(slice(None), *scores)].float())
-    return SmallMaps(
-        labels[maps].to(torch.uint8).cpu().numpy(),
-        leaves[maps].to(torch.uint8).cpu().numpy(),
-        (sampled * 256).clamp_(max=255).to(torch.uint8).cpu().numpy(),
-        (labels[scores] != ignore_index).cpu().numpy(),
-    )
+class MapSampler:
+    """Samples a photo's maps on their device, band by band, so that little leaves it.
+
+    Scores lie on every other row and column of the maps' grid, so that a score is of a pixel that the maps show.
+    """
+
+    def __init__(self, labels: Tensor, ignore_index: int) -> None:
+        self.labels, self.ignore_index = labels, ignore_index
+        self.rows, self.columns = _grid(labels.shape)
+        self.scores: list[np.ndarray] = []
+
+    def add(self, band: slice, logits: Tensor) -> None:
+        """Shape: (N, rows, W), the rows `band` of the photo."""
+        rows = self.rows[::2]
+        seen = torch.from_numpy(rows[(rows >= band.start) & (rows < band.stop)] - band.start).to(logits.device)
+        sampled = logits.index_select(1, seen).index_select(2, torch.from_numpy(self.columns[::2]).to(logits.device))
+        self.scores.append((sampled.float().sigmoid() * 256).clamp_(max=255).to(torch.uint8).cpu().numpy())
+
+    def maps(self, leaves: Tensor) -> SmallMaps:
+        """Shape: (H, W), once all bands were added."""
+        rows, columns = (torch.from_numpy(index).to(leaves.device) for index in (self.rows, self.columns))
+        truth, leaves = (
+            labels.index_select(0, rows).index_select(1, columns).to(torch.uint8).cpu().numpy()
+            for labels in (self.labels, leaves)
+        )
+        return SmallMaps(truth, leaves, np.concatenate(self.scores, axis=1), truth[::2, ::2] != self.ignore_index)
 
 
-def _grid(labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a grid of at most `side` by `side` pixels; never finer than the photo."""
-    height, width = labels.shape
-    scale = min(1.0, side / max(height, width))
-    rows, columns = (
-        ((torch.arange(count, device=labels.device) + 0.5) * size / count).long()
-        for size, count in ((height, max(1, round(height * scale))), (width, max(1, round(width * scale))))
-    )
-    return rows[:, None], columns[None]
+def _grid(shape: tuple[int, int]) -> list[np.ndarray]:
+    """Rows and columns of a grid of at most `MAP_SIDE` by `MAP_SIDE` pixels; never finer than the photo."""
+    scale = min(1.0, MAP_SIDE / max(shape))
+    counts = [max(1, round(size * scale)) for size in shape]
+    return [
+        ((np.arange(count) + 0.5) * size / count).astype(np.int64) for size, count in zip(shape, counts, strict=True)
+    ]
 
 
 def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps, hierarchy: Hierarchy) -> float | None:

@@ -136,9 +136,12 @@ def sample(photos: Iterable, rule: str, h: Hierarchy, seed: int) -> Iterator[Pix
     for prediction in photos:
         labels = prediction.labels.flatten().cpu().long()
         known = (labels != h.ignore_index).nonzero().flatten()
-        chosen = known[torch.randperm(len(known), generator=generator)[:PIXELS_PER_PHOTO]]
-        logits = prediction.logits[0].flatten(1).cpu()[:, chosen]
-        yield Pixels(labels[chosen], *best_by_root(rule, logits, h))
+        chosen = known[torch.randperm(len(known), generator=generator)[:PIXELS_PER_PHOTO]].sort().values
+        width, parts = prediction.labels.shape[1], []
+        for rows, logits in prediction.bands:
+            inside = chosen[(chosen >= rows.start * width) & (chosen < rows.stop * width)] - rows.start * width
+            parts.append(logits[0].flatten(1)[:, inside.to(logits.device)].cpu())
+        yield Pixels(labels[chosen], *best_by_root(rule, torch.cat(parts, dim=1), h))
 
 
 def join(parts: list[Pixels]) -> Pixels:
@@ -224,7 +227,7 @@ def main() -> None:
     config.short_side = trained_with.short_side
     loader, tolerance = val_loader(config, hierarchy, ids), Tolerance(config.skip_unreadable, ids)
     with torch.inference_mode(), progress(total=len(loader), desc="predict", unit="photo") as bar:
-        seen = predictions(network.to(device), loader, device, tolerance, config.amp, bar)
+        seen = predictions(network.to(device), loader, device, tolerance, how, bar)
         parts = list(sample(seen, rule, hierarchy, arguments.seed))
     if len(parts) < 4:
         raise UserError(f"only {len(parts)} photos could be read; expected at least 4, to fit and to check")
