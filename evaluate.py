@@ -13,7 +13,7 @@ import argparse
 
 from configs.config import DECODE_RULES, TTA, parse_overrides
 from manage import distributed
-from manage.evaluation_manager import EvaluationManager, EvaluationOptions, config_to_evaluate
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
 from utils.cli import run_main
 
 
@@ -29,10 +29,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for this run")
     arguments = parser.parse_intermixed_args()
     with distributed.session():
-        config = config_to_evaluate(arguments.cfg, arguments.checkpoint, arguments.overrides)
+        config, checkpoint = to_evaluate(arguments.cfg, arguments.checkpoint, arguments.overrides)
         given = parse_overrides(arguments.overrides)
         options = EvaluationOptions(
-            checkpoint=arguments.checkpoint,
+            checkpoint=checkpoint,
             limit=arguments.limit,
             decode=given.get("decode") if arguments.decode in (None, "all") else arguments.decode,
             pictures=not arguments.no_pictures,

@@ -121,18 +121,24 @@ def keep_newest(folder: Path, keep: int) -> None:
 
 
 def find_checkpoint(name: str, folder: Path, root: Path) -> Path:
-    """`best`, `last`, `checkpoint_7`, a path, or a folder that holds `best` (an experiment's, too) -> the file.
+    """`best`, `last`, `checkpoint_7` or a path -> the file.
 
     Raises: UserError that lists what is there.
     """
-    places = [folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)]
-    inside = [place / best for place in places for best in ("models_checkpoints/best.pt", "best.pt")]
-    for path in (*places, *inside):
+    for path in (folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)):
         if os.path.isfile(path):  # False, too, for names that no file can have
             return path
     if os.path.isdir(name):
-        raise UserError(f"{name} is a folder without best.pt; name one checkpoint{_others(Path(name) / 'x')}")
+        raise UserError(f"{name} is a folder; name one checkpoint{_others(Path(name) / 'x')}")
     raise UserError(f"{name!r}: no such checkpoint{_others(folder / 'x')}")
+
+
+def find_model(name: str, root: Path) -> Path:
+    """The best checkpoint of an experiment, by its name or folder; else as `find_checkpoint` finds a path."""
+    for folder in (root / "experiments" / name, Path(name)):
+        if os.path.isfile(folder / "models_checkpoints" / "best.pt"):
+            return folder / "models_checkpoints" / "best.pt"
+    return find_checkpoint(name, root / "experiments", root)
 
 
 def _newest_first(folder: Path) -> list[Path]:

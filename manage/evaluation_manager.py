@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from configs.config import DECODE_RULES, REPOSITORY, Config, config_from_dict, load_config, parse_overrides
 from manage import distributed, report
-from manage.checkpoint import checkpoint_digest, find_checkpoint, load_checkpoint
+from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, batches_of, check_data, read_split, val_loader
 from manage.experiment import environment
 from manage.inference import logit_rows, photo_named
@@ -73,9 +73,7 @@ def predictions(
         if not tolerance.check(sample.index, sample.fault):
             continue
         image, labels = sample.image.to(device, non_blocking=True), sample.labels.to(device, non_blocking=True)
-        with photo_named(tolerance.ids[sample.index]):  # around what is done with the photo, too
-            bands = logit_rows(network, image, tuple(labels.shape), **how)
-            yield Prediction(sample.index, image, labels, bands)
+        yield Prediction(sample.index, image, labels, logit_rows(network, image, tuple(labels.shape), **how))
     for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
         between()
 
@@ -98,12 +96,13 @@ def validate(
     with torch.inference_mode():
         for prediction in predictions(network, loader, device, tolerance, {"amp": config.amp}, bar, between):
             leaves = torch.empty_like(prediction.labels)
-            for rows, logits in prediction.bands:
-                labels = prediction.labels[None, rows]
-                leaves[rows] = decode(logits, hierarchy)[0]
-                meter.update(leaves[None, rows], labels, logits)
-                known = (labels != hierarchy.ignore_index).sum()
-                loss_sum += torch.stack([criterion(logits, labels) * known, known])
+            with photo_named(tolerance.ids[prediction.index]):
+                for rows, logits in prediction.bands:
+                    labels = prediction.labels[None, rows]
+                    leaves[rows] = decode(logits, hierarchy)[0]
+                    meter.update(leaves[None, rows], labels, logits)
+                    known = (labels != hierarchy.ignore_index).sum()
+                    loss_sum += torch.stack([criterion(logits, labels) * known, known])
             if len(pictures) < N_PICTURES:
                 pictures[f"{loader.dataset.files[prediction.index].photo.stem}"] = _panel(prediction, leaves, hierarchy)
     bar.close()
@@ -137,15 +136,16 @@ class EvaluationOptions:
     tile: int | None = None
 
 
-def config_to_evaluate(cfg: str | None, checkpoint: str | None, overrides: list[str]) -> Config:
-    """The config of the file; without one, that of a checkpoint given by its path; overrides on top of either."""
+def to_evaluate(cfg: str | None, checkpoint: str | None, overrides: list[str]) -> tuple[Config, str | None]:
+    """The config of the file, or without one that of a checkpoint given by its path, with overrides; the checkpoint."""
     if cfg is None and checkpoint is not None:
         try:
-            path = find_checkpoint(checkpoint, REPOSITORY / "experiments", REPOSITORY)
+            path = find_model(checkpoint, REPOSITORY)
         except UserError:  # `best`, say: of the experiment that the overrides name
-            return load_config(None, overrides)
-        return config_from_dict(load_checkpoint(path)["config"] | parse_overrides(overrides), f"{path}, its config")
-    return load_config(cfg, overrides)
+            return load_config(None, overrides), checkpoint
+        values = load_checkpoint(path)["config"] | parse_overrides(overrides)
+        return config_from_dict(values, f"{path}, its config"), str(path)
+    return load_config(cfg, overrides), checkpoint
 
 
 class EvaluationManager:
@@ -212,7 +212,8 @@ class EvaluationManager:
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
         with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy, self.options.pictures) as writer:
             for prediction in predictions(self.network, self.loader, self.device, self.tolerance, self.how, bar):
-                counts[prediction.index] = self._score(prediction, meters, writer)
+                with photo_named(self.ids[prediction.index]):
+                    counts[prediction.index] = self._score(prediction, meters, writer)
         bar.close()
         for meter in meters:
             meter.violations.copy_(meters[0].violations)

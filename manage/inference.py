@@ -22,7 +22,7 @@ from utils.transforms import normalise
 
 WHOLE = 1024 * 2048  # pixels that go through at once
 TILE, SMALLEST_TILE = 1024, 256
-BAND = 2**25  # logits that are enlarged at once
+BAND = 2**23  # logits in a band of rows; decoding takes four times as much
 SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
 MEAN_OF = "logits"  # what the views of test-time augmentation are averaged as; or "probabilities"
 
@@ -153,8 +153,8 @@ def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int
         band = max(1, BAND // (held.shape[0] * size[1]))
         for start in range(row, ready, band):
             rows = slice(start, min(start + band, ready))
-            strip = held
-            if fed[0] != size[0] or rows.stop - rows.start != held.shape[1]:
+            strip = held[:, rows.start - top : rows.stop - top]
+            if fed[0] != size[0]:
                 a, b = ((index[rows] - top).to(held.device) for index in (above, below))
                 strip = torch.lerp(held[:, a], held[:, b], share[rows, None].to(held.device))
             logits = strip[None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configs.config import DECODE_RULES, REPOSITORY, Config
 from manage import distributed
-from manage.checkpoint import find_checkpoint, load_checkpoint
+from manage.checkpoint import find_model, load_checkpoint
 from manage.inference import SCALES, SMALLEST_TILE, logit_rows
 from manage.network import restore_network
 from models.hseg import HSEG
@@ -136,7 +136,7 @@ class Predictor:
         Raises: UserError for a checkpoint, device or option that cannot be used.
         """
         where = distributed.choose_device(device)
-        path = find_checkpoint(str(checkpoint), REPOSITORY / "experiments", REPOSITORY)
+        path = find_model(str(checkpoint), REPOSITORY)
         config, hierarchy, network = restore_network(load_checkpoint(path), str(path))
         return cls(network.to(where), config, hierarchy, **options)
 
@@ -156,6 +156,14 @@ class Predictor:
         size = photo_size(path)
         return self._predict(read_photo(path, self._short_side(size)), Path(path), size, keep_logits)
 
+    def predict_as_is(self, photo: Image.Image) -> Result:
+        """Predicts an RGB photo at the size that it has, whatever the checkpoint's short_side."""
+        return self._predict(photo, photo, photo.size, keep_logits=False)
+
+    def __str__(self) -> str:
+        tta = "" if self.how["tta"] == "off" else f", tta {self.how['tta']}"
+        return f"decoded by {self.decoding}{tta}"
+
     def fed(self, photo: Image.Image) -> Image.Image:
         """An upright RGB photo at the size at which the network takes it."""
         short_side = self._short_side(photo.size)
@@ -168,7 +176,7 @@ class Predictor:
         return min(short_side, min(size)) if short_side and max(size) > SLIM * min(size) else short_side
 
     def _predict(self, fed: Image.Image, source: Image.Image | Path, size: tuple, keep_logits: bool) -> Result:
-        image = torch.from_numpy(np.asarray(fed)).permute(2, 0, 1).to(self.device)
+        image = torch.from_numpy(np.array(fed)).permute(2, 0, 1).to(self.device)
         source = fed if isinstance(source, Path) and fed.size == size else source
         leaves, kept, kind = np.empty(size[::-1], np.uint8), None, torch.float32
         for rows, logits in logit_rows(self.network, image, size[::-1], **self.how):

@@ -1,14 +1,24 @@
 """evaluate.py: where the scores of a checkpoint go, and what is recorded of it."""
 
 import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from configs.config import Config
-from manage.checkpoint import checkpoint_digest
-from manage.evaluation_manager import EvaluationManager, EvaluationOptions
+from manage.checkpoint import checkpoint_digest, load_checkpoint, pack
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
+from manage.predictor import Predictor
 from tests.test_predict import SLIM, write_checkpoint
+from utils import visualize
+from utils.errors import UserError
+from utils.files import read_json, write_whole
+from utils.images import read_ids, read_labels, read_photo
+from utils.metrics import LevelScores
 
 
 @pytest.fixture
@@ -21,10 +31,18 @@ def config(sample_data: Path, tmp_path: Path, tree) -> Config:
     return config
 
 
-def evaluate(config: Config, checkpoint: str | Path) -> tuple[Path, dict]:
+def evaluate(config: Config, checkpoint: str | Path | None = None, **options) -> tuple[Path, dict]:
     """The folder of the scores, and what scores.json holds."""
-    manager = EvaluationManager(config, EvaluationOptions(str(checkpoint), limit=None, pictures=False))
+    options = EvaluationOptions(checkpoint and str(checkpoint), **({"pictures": False} | options))
+    manager = EvaluationManager(config, options)
     return manager.folder, manager.run()
+
+
+def spoil(path: Path, value: float) -> None:
+    """Weights of no use."""
+    state = load_checkpoint(path)
+    state["model"]["segmentation_head.bias"][0] = value
+    write_whole(pack(state), path)
 
 
 def test_the_checkpoint_that_was_scored_is_recorded_by_its_digest(config: Config) -> None:
@@ -62,3 +80,111 @@ def test_own_checkpoints_are_known_by_any_path(config, monkeypatch, tree) -> Non
     monkeypatch.chdir(config.checkpoints_dir)
     for path, name in ((config.checkpoints_dir / "best.pt", "best"), ("./best.pt", "best"), (fitted, "best_mass")):
         assert EvaluationManager(config, EvaluationOptions(str(path))).folder.name == name
+
+
+# --- one truth for decoding ---
+def test_rule_and_offset_are_the_checkpoints_own_in_evaluation_and_prediction(config, tree, capsys) -> None:
+    own = {"decode": "leaf", "root_bias": {"body": -1.5}}
+    path = write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", **own)
+    config.decode, config.root_bias = "mass", {"body": 1.0}
+    _, record = evaluate(config)  # without a name: best
+    assert {key: record[key] for key in own} == own
+    assert str(Predictor.load(path, "cpu").decoding) == "leaf with root_bias {'body': -1.5}"
+    said = capsys.readouterr().out
+    assert "note: the config's decode mass is not used, but the checkpoint's own leaf" in said
+    assert "decoded by leaf with root_bias {'body': -1.5}" in said
+
+    photo = next(config.images_dir.glob(f"{read_ids(config.ids_file('val'))[0]}.*"))
+    _, record = evaluate(config, limit=1)
+    leaves = torch.from_numpy(Predictor.load(path, "cpu").predict_file(photo).leaves)
+    labels = torch.from_numpy(read_labels(config.labels_dir / f"{photo.stem}.png"))
+    expected = LevelScores(tree).update(leaves[None], labels[None])
+    with np.load(config.experiment_dir / "evaluation" / "best-limit1" / "photos.npz") as counts:
+        assert np.array_equal(counts["leaf"][0], expected)
+
+
+def test_what_the_command_line_names_wins_and_other_rules_go_without_the_offset(config, tree) -> None:
+    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", root_bias={"body": 1000.0})
+    folder, record = evaluate(config, decode="leaf")
+    assert (folder.name, record["decode"], record["root_bias"]) == ("best-leaf", "leaf", {})
+    folder, plain = evaluate(config, decode="leaf", root_bias={}, all_rules=True)
+    _, biased = evaluate(config, decode="leaf", root_bias={"body": 1000.0}, all_rules=True)
+    for rule, scores in biased["rules"].items():
+        assert (scores == plain["rules"][rule]) == (rule != "leaf")
+    with pytest.raises(UserError, match="'torso' is not a root of the tree; its roots are background, body"):
+        evaluate(config, root_bias={"torso": 1.0})
+
+
+def test_a_checkpoint_file_is_all_that_evaluation_needs_beside_the_data(config, tmp_path, sample_data, tree) -> None:
+    path = write_checkpoint(tmp_path / "shipped.pt", tree, exp_name="shipped", hierarchy="gone.json")
+    overrides = [f"root_dir={tmp_path}", f"root_data_dir={sample_data}", "device=cpu", "num_workers=0"]
+    ours, checkpoint = to_evaluate(None, str(path), overrides)
+    assert checkpoint == str(path)
+    folder, record = evaluate(ours, checkpoint)
+    assert folder == tmp_path / "experiments" / "shipped" / "evaluation" / "shipped-shipped"
+    assert record["photos"] == 4
+
+
+# --- what is said, and what stops ---
+def test_a_tree_that_differs_in_what_moves_scores_is_said(config, tmp_path, tree, capsys) -> None:
+    changed = tree.to_dict() | {"name": "another name"}
+    del changed["nodes"][0]["background"]
+    config.hierarchy = str(tmp_path / "tree.json")
+    Path(config.hierarchy).write_text(json.dumps(changed))
+    evaluate(config)
+    said = capsys.readouterr().out
+    assert "note: the config's tree is another one ('background' was ['background'], is [])" in said
+    assert "another name" not in said
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_stop_it_with_the_photos_id(config, value) -> None:
+    spoil(config.checkpoints_dir / "best.pt", value)
+    first = read_ids(config.ids_file("val"))[0]
+    with pytest.raises(UserError, match=f"photo '{first}': the network's logits are not finite; its weights are"):
+        evaluate(config)
+    assert not (config.experiment_dir / "evaluation" / "best").exists()
+
+
+# --- again ---
+def test_an_equal_evaluation_is_replaced_and_another_one_set_aside(config, tree) -> None:
+    def folders() -> list[str]:
+        return sorted(folder.name for folder in (config.experiment_dir / "evaluation").iterdir())
+
+    folder, _ = evaluate(config)
+    (folder / "scores.csv").write_text("of the first run")
+    evaluate(config)
+    assert folders() == ["best"]
+    assert (folder / "scores.csv").read_text() != "of the first run"
+    evaluate(config, pictures=True)  # which the earlier one had not
+    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", decode="leaf")
+    _, latest = evaluate(config)
+    assert len(folders()) == 3
+    assert read_json(folder / "scores.json") == latest
+
+
+def test_an_evaluation_that_fails_leaves_the_earlier_one_in_place(config) -> None:
+    folder, record = evaluate(config)
+    spoil(config.checkpoints_dir / "best.pt", float("nan"))
+    with pytest.raises(UserError):
+        evaluate(config)
+    assert read_json(folder / "scores.json") == record
+
+
+# --- views and windows ---
+def test_views_and_windows_are_recorded_and_named(config) -> None:
+    folder, record = evaluate(config, tta="flip", tile=256, pictures=True)
+    assert (folder.name, record["tta"], record["tile"]) == ("best-flip-tile256", "flip", 256)
+    with pytest.raises(UserError, match="tile 8: expected at least 256"):
+        evaluate(config, tile=8)
+
+
+def test_overlays_are_drawn_on_the_photo_at_its_own_size(config, tree) -> None:
+    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", short_side=32)
+    config.short_side = 32
+    folder, _ = evaluate(config, limit=1, pictures=True)
+    photo = next(config.images_dir.glob(f"{read_ids(config.ids_file('val'))[0]}.*"))
+    leaves = read_labels(folder / "pictures" / "parts" / f"{photo.stem}.png")
+    drawn = Image.fromarray(visualize.captioned_overlay(np.asarray(read_photo(photo)), leaves, tree))
+    drawn.save(folder / "expected.jpg", quality=85)
+    assert (folder / "expected.jpg").read_bytes() == next((folder / "pictures" / "overlay").iterdir()).read_bytes()

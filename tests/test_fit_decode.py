@@ -10,7 +10,6 @@ import torch
 
 from configs.config import DECODE_RULES, differences, load_config
 from manage.checkpoint import load_checkpoint
-from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.predictor import Predictor
 from tests.test_predict import SLIM, write_checkpoint
 from tools import fit_decode
@@ -104,7 +103,7 @@ def test_a_copy_of_the_checkpoint_carries_the_offset(config, tmp_path, monkeypat
     saved = load_checkpoint(copy)["config"]
     assert saved["decode"] == "prob_sum"
     assert set(saved["root_bias"]) <= {"body"}
-    assert Predictor.load(copy, "cpu").rule == "prob_sum"
+    assert Predictor.load(copy, "cpu").decoding.rule == "prob_sum"
     override = f"root_bias={json.dumps(saved['root_bias'])}"
     assert override in capsys.readouterr().out
     assert load_config(config, [override]).root_bias == saved["root_bias"]
@@ -121,17 +120,6 @@ def test_the_command_to_score_it_gives_the_same_config(config, tmp_path, monkeyp
     scored, wanted = load_config(config, words[4:]), load_config(config, overrides)
     assert scored.decode == "leaf"
     assert set(differences(scored, wanted)) <= {"decode", "root_bias"}
-
-
-def test_evaluation_applies_the_offset_to_the_rule_of_the_config_alone(config, capsys):
-    def scored(*overrides) -> dict:
-        values = load_config(config, [*overrides])
-        return EvaluationManager(values, EvaluationOptions("best", 2, "all", pictures=False)).run()
-
-    plain, biased = scored("decode=leaf"), scored("decode=leaf", 'root_bias={"body": 1000}')
-    assert "leaf with root_bias {'body': 1000.0} (the other rules without)" in capsys.readouterr().out
-    for rule, scores in biased["rules"].items():
-        assert (scores == plain["rules"][rule]) == (rule != "leaf")
 
 
 def test_photos_are_a_seeded_part_of_train(config):

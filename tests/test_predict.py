@@ -106,10 +106,11 @@ def test_the_callers_picture_is_left_as_it_is(predictor):
     assert (photo.mode, photo.size, photo.tobytes()) == ("RGBA", (50, 40), before)
 
 
-def test_with_tta_a_mirrored_photo_gives_the_mirrored_logits(predictor):
-    photo = noise(75, 50)
+@pytest.mark.parametrize("tta", ["flip", "full"])
+def test_with_tta_a_mirrored_photo_gives_the_mirrored_logits(checkpoint, predictor, tta):
+    photo, with_tta = noise(75, 50), Predictor.load(checkpoint, "cpu", tta=tta)
     mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    ours, theirs = predictor(photo, tta=True).logits, predictor(mirrored, tta=True).logits
+    ours, theirs = with_tta(photo).logits, with_tta(mirrored).logits
     torch.testing.assert_close(ours, theirs.flip(-1), atol=1e-3, rtol=1e-3)
     assert not torch.allclose(ours, predictor(photo).logits, atol=1e-3)
 
@@ -119,15 +120,15 @@ def test_a_fitted_bias_belongs_to_its_own_rule(tmp_path, tree):
     photo = noise(40, 40)
     assert Predictor.load(path, "cpu")(photo).shares["body"] == 0
     other = Predictor.load(path, "cpu", decode="prob_sum")
-    assert other.root_bias is None
+    assert other.decoding.root_bias == {}
     assert other(photo).shares["body"] > 0
 
 
 def test_the_short_side_of_training_is_used_but_a_slim_photo_is_not_blown_up(tmp_path, tree):
     predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
-    assert predictor(noise(200, 100)).photo.size == (128, 64)
+    assert predictor.fed(noise(200, 100)).size == (128, 64)
     assert predictor(noise(200, 100)).leaves.shape == (100, 200)
-    assert predictor(noise(300, 3)).photo.size == (300, 3)
+    assert predictor.fed(noise(300, 3)).size == (300, 3)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,9 @@ def test_a_file_is_read_as_evaluation_reads_it_unless_it_is_slim_and_small(tmp_p
     """A JPEG, which decodes smaller at once, so that reading and then resizing would give other pixels."""
     predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
     noise(*size).save(tmp_path / "photo.jpg")
-    seen = predictor.predict_file(tmp_path / "photo.jpg").photo
-    assert np.array_equal(np.array(seen), np.array(read_photo(tmp_path / "photo.jpg", short_side)))
+    fed = torch.from_numpy(np.array(read_photo(tmp_path / "photo.jpg", short_side))).permute(2, 0, 1)
+    expected = photo_logits(predictor.network, fed, size[::-1])
+    assert torch.equal(predictor.predict_file(tmp_path / "photo.jpg").logits, expected[0])
 
 
 def test_an_unknown_rule_is_refused(checkpoint):

@@ -48,6 +48,14 @@ def draw(i: int, h: Hierarchy) -> tuple[torch.Tensor, torch.Tensor]:
     return labels, logits
 
 
+def sampled(labels: torch.Tensor, leaves: torch.Tensor, logits: torch.Tensor, band: int = 7) -> report.SmallMaps:
+    """What the page shows, from bands of a few rows."""
+    sampler = report.MapSampler(labels, VOID)
+    for start in range(0, len(labels), band):
+        sampler.add(slice(start, min(start + band, len(labels))), logits[:, start : start + band])
+    return sampler.maps(leaves)
+
+
 def make_report(folder: Path, h: Hierarchy, count: int) -> list[dict]:
     """A report of `count` drawn photos; returns what it knows of each."""
     pictures = folder / "pictures" / "report"
@@ -57,7 +65,7 @@ def make_report(folder: Path, h: Hierarchy, count: int) -> list[dict]:
         labels, logits = draw(i, h)
         leaves = DECODERS["logit_sum"](logits[None], h)
         matrix = meter.update(leaves, labels[None], logits[None]).numpy()
-        maps = report.small_maps(labels, leaves[0], logits, h.ignore_index)
+        maps = sampled(labels, leaves[0], logits)
         photo = np.full((*labels.shape, 3), 120, np.uint8)
         violations = report.write_photo(pictures, sample_id(i), photo, maps, h)
         lines.append(report.photo_line(sample_id(i), matrix, violations, h))
@@ -88,36 +96,38 @@ def h() -> Hierarchy:
 @pytest.fixture
 def maps(h) -> report.SmallMaps:
     labels, logits = draw(1, h)
-    return report.small_maps(labels, DECODERS["logit_sum"](logits[None], h)[0], logits, h.ignore_index)
+    return sampled(labels, DECODERS["logit_sum"](logits[None], h)[0], logits)
 
 
 def test_a_small_photo_is_kept_pixel_by_pixel(h, maps):
     labels, logits = draw(1, h)
     assert np.array_equal(maps.truth, labels)
-    assert np.array_equal(maps.known, labels != VOID)
-    assert np.array_equal(maps.scores >= 128, logits > 0)
-    assert np.abs((maps.scores + 0.5) / 256 - torch.sigmoid(logits).numpy()).max() <= 0.5 / 256 + 1e-6
+    assert np.array_equal(maps.known, labels[::2, ::2] != VOID)
+    assert np.array_equal(maps.scores >= 128, logits[:, ::2, ::2] > 0)
+    assert np.abs((maps.scores + 0.5) / 256 - torch.sigmoid(logits[:, ::2, ::2]).numpy()).max() <= 0.5 / 256 + 1e-6
 
 
 def test_a_large_photo_is_sampled_to_the_sides_that_the_page_shows():
     rows = torch.arange(600)[:, None].expand(600, 900) // 3
-    maps = report.small_maps(rows.to(torch.uint8), rows, torch.zeros(2, 600, 900), VOID)
+    maps = sampled(rows.to(torch.uint8), rows, rows / 200 - 2 + torch.zeros(2, 600, 900))
     assert maps.truth.shape == (171, 256)
-    assert maps.scores.shape == (2, 64, 96)
+    assert maps.scores.shape == (2, 86, 128)  # every other row and column of the maps
+    score = torch.sigmoid(torch.from_numpy(maps.truth[::2, ::2] / 200 - 2))
+    assert np.array_equal(maps.scores[1], (score * 256).to(torch.uint8))
     assert (np.diff(maps.truth[:, 0].astype(int)) > 0).all()
     assert np.array_equal(maps.truth, maps.leaves)
 
 
 def test_a_sliver_keeps_at_least_one_row():
-    maps = report.small_maps(torch.zeros(1, 2000), torch.zeros(1, 2000), torch.zeros(3, 1, 2000), VOID)
+    maps = sampled(torch.zeros(1, 2000), torch.zeros(1, 2000), torch.zeros(3, 1, 2000))
     assert maps.truth.shape == (1, 256)
-    assert maps.scores.shape == (3, 1, 96)
+    assert maps.scores.shape == (3, 1, 128)
 
 
-def test_violations_of_an_unsampled_photo_are_those_of_the_metric(h, maps):
-    labels, logits = draw(1, h)
+def test_violations_of_a_photo_are_those_of_the_metric_at_the_pixels_that_the_page_shows(h, maps):
+    labels, logits = (values[..., ::2, ::2] for values in draw(1, h))
     meter = LevelScores(h)
-    meter.update(torch.from_numpy(maps.leaves).long()[None], labels[None], logits[None])
+    meter.update(torch.from_numpy(maps.leaves[::2, ::2]).long()[None], labels[None], logits[None])
     assert report.violated_share(maps, h) == pytest.approx(meter.compute()["violation_rate"])
 
 
@@ -151,7 +161,7 @@ def test_the_script_of_a_photo_is_a_call_with_plain_data(h, maps, tmp_path):
     arguments = json.loads("[" + script.removeprefix("hsegPhoto(").removesuffix(");\n") + "]")
     assert arguments[0] == name
     assert arguments[1]["size"] == [60, 40]
-    assert arguments[1]["scoreSize"] == [60, 40]
+    assert arguments[1]["scoreSize"] == [30, 20]
 
 
 def test_a_folder_that_cannot_be_written_is_a_users_mistake(h, tmp_path):

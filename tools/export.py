@@ -38,7 +38,7 @@ from utils.cli import progress, run_main
 from utils.decode import best_row, leaf_bias, leaf_scores
 from utils.errors import UserError
 from utils.files import write_json
-from utils.images import PHOTO_SUFFIXES
+from utils.images import PHOTO_SUFFIXES, read_photo
 from utils.transforms import normalise
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
@@ -53,9 +53,12 @@ class Exportable(nn.Module):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
-        self.network, self.rule, self.hierarchy = predictor.network, predictor.rule, predictor.hierarchy
+        self.network, self.rule, self.hierarchy = predictor.network, predictor.decoding.rule, predictor.hierarchy
         self.register_buffer("leaf_ids", self.hierarchy.leaf_index(predictor.device).clone())
-        self.register_buffer("bias", leaf_bias(predictor.root_bias, self.hierarchy, predictor.device, torch.float32))
+        self.register_buffer(
+            "bias",
+            leaf_bias(predictor.decoding.biases(self.hierarchy), self.hierarchy, predictor.device, torch.float32),
+        )
         self.requires_grad_(False)
 
     def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +126,7 @@ def agreement(program: Program, predictor: Predictor, photos: Sequence[Path], dt
     """Share of all pixels for which the program names the same leaf as `Predictor`, at the size the network sees."""
     same = total = 0
     for path in progress(photos, desc=f"check {name}", unit="photo"):
-        photo = predictor.predict_file(path).photo  # at the checkpoint's short_side
+        photo = predictor.fed(read_photo(path))  # at the checkpoint's short_side
         expected = torch.from_numpy(predictor.predict_as_is(photo).leaves)
         image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous()
         same += int((program(image.to(dtype))[0] == expected).sum())
@@ -179,8 +182,8 @@ def description(predictor: Predictor, dtype: str) -> dict:
         "input": {"name": "photos", "shape": ["batch", 3, "height", "width"], "dtype": dtype, "values": "RGB, 0..255"},
         "outputs": {"leaves": "(batch, height, width) uint8", "scores": "(batch, nodes, height, width) float32"},
         "short_side": predictor.config.short_side,
-        "decode": predictor.rule,
-        "root_bias": predictor.config.root_bias if predictor.root_bias else {},
+        "decode": predictor.decoding.rule,
+        "root_bias": predictor.decoding.root_bias,
         "tree": predictor.hierarchy.to_dict(),
     }
 
@@ -189,7 +192,7 @@ def main() -> int:
     arguments = read_arguments()
     formats = check_arguments(arguments)
     photos = photos_in(arguments.check, arguments.check_photos) if arguments.check else []
-    predictor = Predictor.load(arguments.checkpoint, "cpu", arguments.decode)
+    predictor = Predictor.load(arguments.checkpoint, "cpu", decode=arguments.decode)
     if predictor.hierarchy.num_nodes > 256:
         raise UserError(f"the tree has {predictor.hierarchy.num_nodes} nodes; label maps of one byte hold 256")
     dtype = getattr(torch, arguments.dtype)

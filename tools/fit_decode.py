@@ -227,7 +227,7 @@ def main() -> None:
     config.short_side = trained_with.short_side
     loader, tolerance = val_loader(config, hierarchy, ids), Tolerance(config.skip_unreadable, ids)
     with torch.inference_mode(), progress(total=len(loader), desc="predict", unit="photo") as bar:
-        seen = predictions(network.to(device), loader, device, tolerance, how, bar)
+        seen = predictions(network.to(device), loader, device, tolerance, {"amp": config.amp}, bar)
         parts = list(sample(seen, rule, hierarchy, arguments.seed))
     if len(parts) < 4:
         raise UserError(f"only {len(parts)} photos could be read; expected at least 4, to fit and to check")

@@ -30,7 +30,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from configs.config import DECODE_RULES
+from configs.config import DECODE_RULES, TTA
+from manage.inference import NotFinite, photo_named
 from manage.predictor import Predictor, Result
 from utils import visualize
 from utils.cli import progress, run_main
@@ -45,7 +46,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="F", help="a .pt file written by train.py")
     parser.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="D", help="%(default)s")
     parser.add_argument("--scores", action="store_true", help="save the score map of every node too")
-    parser.add_argument("--tta", action="store_true", help="average over flips and three scales: six times the work")
+    parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")
+    parser.add_argument("--tile", type=int, metavar="N", help="windows of N pixels; by default for large photos alone")
     parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions in --out")
@@ -85,6 +87,10 @@ def output_names(photos: Sequence[Path]) -> list[str]:
     if len({str(name.with_suffix("")).casefold() for name in names}) == len(names):
         names = [name.with_suffix("") for name in names]
     return [name.as_posix() for name in names]
+
+
+class NotWritten(UserError):
+    """The disk is full, or was taken away."""
 
 
 class Output:
@@ -128,7 +134,7 @@ class Output:
             with open(self.lines, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"{self.folder}: the prediction of {name} cannot be written ({error.strerror})") from None
+            raise NotWritten(f"{self.folder}: the prediction of {name} cannot be written ({error.strerror})") from None
 
     def _paths(self, name: str) -> list[Path]:
         """Level maps, overlay, scores. Not with_suffix: a name may hold a dot."""
@@ -140,7 +146,8 @@ def main() -> int:
     arguments = read_arguments()
     photos = find_photos(arguments.paths, arguments.out)
     names = output_names(photos)
-    predictor = Predictor.load(arguments.checkpoint, arguments.device, arguments.decode)
+    options = {"decode": arguments.decode, "tta": arguments.tta, "tile": arguments.tile}
+    predictor = Predictor.load(arguments.checkpoint, arguments.device, **options)
     output = Output(arguments.out, predictor.hierarchy, arguments.scores)
     if not arguments.overwrite:
         output.check_new(names)
@@ -148,17 +155,15 @@ def main() -> int:
     faults = 0
     for photo, name in progress(list(zip(photos, names, strict=True)), desc="predict", unit="photo"):
         try:
-            result = predictor.predict_file(photo, arguments.tta)
+            with photo_named(str(photo)):
+                output.write(photo, name, predictor.predict_file(photo, keep_logits=arguments.scores))
+        except (NotFinite, NotWritten):  # so would the next one be
+            raise
         except UserError as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             faults += 1
-            continue
-        output.write(photo, name, result)
-    left_out = f", {faults} could not be read" if faults else ""
-    bias = f" with root_bias {predictor.config.root_bias}" if predictor.root_bias else ""
-    print(
-        f"{len(photos) - faults} of {len(photos)} photos, decoded by {predictor.rule}{bias}{left_out}: {arguments.out}"
-    )
+    left_out = f", {faults} left out" if faults else ""
+    print(f"{len(photos) - faults} of {len(photos)} photos, {predictor}{left_out}: {arguments.out}")
     return 1 if faults else 0
 
 

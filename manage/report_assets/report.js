@@ -262,15 +262,16 @@ function point(event) {
   const y = Math.min(Math.max((event.clientY - box.top) / box.height, 0), 0.9999);
   document.querySelectorAll(".card.pointed").forEach((other) => other.classList.remove("pointed"));
   element.classList.add("pointed");
-  element.style.setProperty("--x", `${100 * x}%`);
-  element.style.setProperty("--y", `${100 * y}%`);
-  showReadout(readout(element.maps, x, y), event);
+  const { width, height } = element.maps, even = (share, size) => 2 * Math.floor((share * size) / 2);
+  const column = even(x, width), row = even(y, height); // scores lie on every other pixel: all is said of one of those
+  element.style.setProperty("--x", `${(100 * (column + 0.5)) / width}%`);
+  element.style.setProperty("--y", `${(100 * (row + 0.5)) / height}%`);
+  showReadout(readout(element.maps, column, row), event);
 }
 
-function readout(maps, x, y) {
-  const at = (width, height) => Math.floor(y * height) * width + Math.floor(x * width);
-  const truth = maps.truth[at(maps.width, maps.height)], leaf = maps.leaves[at(maps.width, maps.height)];
-  const size = maps.scoreWidth * maps.scoreHeight, i = at(maps.scoreWidth, maps.scoreHeight);
+function readout(maps, column, row) {
+  const truth = maps.truth[row * maps.width + column], leaf = maps.leaves[row * maps.width + column];
+  const size = maps.scoreWidth * maps.scoreHeight, i = (row / 2) * maps.scoreWidth + column / 2;
   const score = (id) => maps.scores[id * size + i];
   const line = (title, value) => el("p", {}, `${title} `, swatch(colourOf(value)), isNode(value) ? path(value).join(" › ") : "void");
   const predicted = new Set(path(leaf)), rows = report.order.map((id) => {
