@@ -285,9 +285,8 @@ def test_a_damaged_record_of_starts_does_not_stop_a_run(trained, tmp_path, capsy
         assert len(json.loads(record.read_text())) == 1
 
 
-@pytest.mark.parametrize(("name", "part"), [(None, "eval_checkpoint"), ("nothing", "no such checkpoint")])
-def test_a_checkpoint_must_be_named_and_be_there(trained, name, part):
-    refused(evaluate(trained, name), part)
+def test_a_checkpoint_must_be_there(trained):
+    refused(evaluate(trained, "nothing"), "'nothing': no such checkpoint", "last.pt")
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
