@@ -24,7 +24,6 @@ from configs.checks import check_value, coerce, name_of, suggest
 from utils.errors import UserError
 from utils.files import parse_json, read_json, write_whole
 
-ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CRITERIA = ("ce", "path_ce", "bce", "focal", "tree_min", "focal_tree_min")
 DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass")
 TTA = ("off", "flip", "full")  # flip doubles the work, full is 17 times as much
@@ -107,9 +106,12 @@ class Config:
     color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter, 0: none", low=0, high=1)
 
     # --- model ---
-    encoder: str = knob("resnet18", "torchvision ResNet", choices=ENCODERS)
-    pretrained: bool = knob(True, "start from torchvision's ImageNet weights (downloaded once)")
+    encoder: str = knob("resnet18", "a network of torchvision, or timm:NAME; --encoders lists them", kind="encoder")
+    pretrained: bool = knob(True, "start from the encoder's own weights, of ImageNet (downloaded once)")
     encoder_weights: str | None = knob(None, "start from this state dict instead; relative to root_dir", kind="path")
+    init_from: str | None = knob(
+        None, "start from what fits of this checkpoint, of any tree, instead; relative to root_dir", kind="path"
+    )
     decoder_channels: list[int] = knob(
         [256, 128, 64, 32, 16], "channels after each of the 5 up-sampling stages", low=1, high=4096
     )
@@ -127,6 +129,10 @@ class Config:
     # --- optimisation ---
     optimizer: str = knob("sgd", "sgd needs lr near 0.01, adam and adamw near 0.001", choices=OPTIMIZERS)
     lr: float = knob(0.01, "peak learning rate", above=0, high=100)
+    encoder_lr_factor: float = knob(
+        1.0, "rate of the encoder over lr; 0.1 to 0.5 where it is pretrained", low=0, high=10
+    )
+    freeze_encoder_epochs: int = knob(0, "first epochs in which the encoder is left as it starts", low=0)
     momentum: float = knob(0.9, "of sgd; the first beta of adam and adamw", low=0, high=0.9999)
     weight_decay: float = knob(1e-4, "of all weights but biases and normalisation", low=0, high=10)
     schedule: str = knob("poly", "how lr falls from its peak, as a function of the step", choices=SCHEDULES)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.transforms import normalise
 
 WHOLE = 1024 * 2048  # pixels that go through at once
 TILE, SMALLEST_TILE = 1024, 256
@@ -203,7 +202,7 @@ def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:
     if min(height, width) < least:  # slimmer than the encoder's stride
         images = F.pad(images.float(), (0, max(0, least - width), 0, max(0, least - height)), mode="replicate")
     with autocast(images.device, amp):
-        logits = network(normalise(images))
+        logits = network(images)
     logits = logits.float()[..., :height, :width]
     if not logits.sum().isfinite():  # one pass; the sum of finite logits is far from overflowing
         half = "half precision may have overflowed: set amp=off or amp=bf16; otherwise " if amp != "off" else ""

@@ -1,12 +1,14 @@
 """Config and tree -> network, and back from a checkpoint."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs.config import Config, config_from_dict, without_gone
-from manage.checkpoint import DamagedCheckpoint
+from manage.checkpoint import DamagedCheckpoint, load_checkpoint
 from models.hseg import HSEG
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -50,18 +52,68 @@ def root_bias(config: Config, hierarchy: Hierarchy) -> list[float] | None:
 
 
 def build_network(config: Config, hierarchy: Hierarchy, pixel_counts: Sequence[int] | None = None) -> HSEG:
-    """A network at the start of training; with `pixel_counts` (per node) its head starts at the classes' shares.
+    """A network with random weights; with `pixel_counts` (per node) its head starts at the classes' shares.
 
-    Raises: UserError when its weights cannot be had.
+    Raises: UserError for an encoder that is not there.
     """
-    weights = None if config.encoder_weights is None else config.root / config.encoder_weights
-    try:
-        network = HSEG(config.encoder, hierarchy.num_nodes, config.pretrained, weights, config.decoder_channels)
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
+    network = _assemble(config, hierarchy)
     if config.prior_bias and pixel_counts is not None:
         network.segmentation_head.start_at(prior_logits(pixel_counts, hierarchy))
     return network
+
+
+def load_start_weights(network: HSEG, hierarchy: Hierarchy, config: Config, say=print) -> None:
+    """What a new run starts from: ImageNet weights, a state dict of the encoder, or another run's checkpoint.
+
+    A run that goes on, an evaluation and a prediction have their checkpoint and need none of these.
+    Raises: UserError when the weights cannot be had or do not fit.
+    """
+    if config.init_from is not None:
+        _init_from(network, hierarchy, config.root / os.path.expanduser(config.init_from), say)
+        return
+    try:
+        if config.encoder_weights is not None:
+            path = config.root / os.path.expanduser(config.encoder_weights)
+            if left_over := network.encoder.load_file(path):
+                shown = ", ".join(left_over[:4]) + (", ..." if len(left_over) > 4 else "")
+                say(f"{path}: all weights of {config.encoder} found; {len(left_over)} tensors left over ({shown})")
+        elif config.pretrained:
+            network.encoder.load_pretrained()
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+
+
+def _init_from(network: HSEG, hierarchy: Hierarchy, path: Path, say) -> None:
+    """Takes what fits from a checkpoint of any tree: weights by name and shape, rows of the head by node name."""
+    state = load_checkpoint(path)
+    theirs = Hierarchy.from_dict(state["tree"], f"{path}, its tree")
+    given, own = state.get("ema") or state["model"], network.state_dict()
+    fitting = {key: value for key, value in given.items() if key in own and value.shape == own[key].shape}
+    fitting = {key: value for key, value in fitting.items() if not key.startswith("segmentation_head.")}
+    if not any(key.startswith("encoder.") for key in fitting):
+        raise UserError(
+            f"key 'init_from': {path} is of encoder {state['config'].get('encoder')!r}, of which nothing fits the "
+            "config's; set encoder to that one"
+        )
+    shared = [name for name in hierarchy.names if name in theirs.names]
+    for key in ("segmentation_head.weight", "segmentation_head.bias"):
+        if key in given and given[key].shape[1:] == own[key].shape[1:]:
+            for name in shared:
+                own[key][hierarchy.names.index(name)] = given[key][theirs.names.index(name)].to(own[key])
+    network.load_state_dict(own | fitting)
+    anew = [key for key in own if key not in fitting and not key.startswith("segmentation_head.")]
+    nodes = [name for name in hierarchy.names if name not in shared]
+    say(
+        f"started from {path} ({len(fitting)} tensors and the head of {len(shared)} of {hierarchy.num_nodes} nodes); "
+        f"at random: {', '.join([*(f'node {n!r}' for n in nodes), *anew]) or 'nothing'}"
+    )
+
+
+def _assemble(config: Config, hierarchy: Hierarchy, subpixel: bool = False) -> HSEG:
+    try:
+        return HSEG(config.encoder, hierarchy.num_nodes, decoder_channels=config.decoder_channels, subpixel=subpixel)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"key 'encoder': {error}") from None
 
 
 def prior_logits(pixel_counts: Sequence[int], hierarchy: Hierarchy) -> Tensor:
@@ -80,11 +132,10 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
         saved, tree, weights = state["config"], state["tree"], state["ema"] or state["model"]
     except KeyError as error:
         raise DamagedCheckpoint(f"{source}: lacks {error}; expected a checkpoint written by train.py") from None
-    config = config_from_dict(
-        without_gone(saved, any_value=True) | {"pretrained": False, "encoder_weights": None}, f"{source}, its config"
-    )
+    config = config_from_dict(without_gone(saved, any_value=True), f"{source}, its config")
     hierarchy = Hierarchy.from_dict(tree, f"{source}, its tree")
-    network = HSEG(config.encoder, hierarchy.num_nodes, decoder_channels=config.decoder_channels)
+    last = weights.get("decoder.last.block.0.weight") if isinstance(weights, dict) else None
+    network = _assemble(config, hierarchy, subpixel=isinstance(last, Tensor) and last.shape[-1] == 1)
     load_weights(network, weights, source)
     return config, hierarchy, network.eval()
 
@@ -97,6 +148,7 @@ def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], source: s
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise DamagedCheckpoint(f"{source}: holds no weights (name -> tensor); expected a checkpoint of train.py")
     own = network.state_dict()
+    weights = {key: own[key] for key in ("input_mean", "input_std") if key in own} | weights  # version 0.1 lacks them
     wrong = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     foreign = [key for key in weights if key not in own]
     if wrong or foreign:

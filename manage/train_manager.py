@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from configs.config import Config, config_from_dict, without_gone
@@ -43,14 +42,21 @@ from manage.experiment import (
     write_folders,
 )
 from manage.inference import autocast
-from manage.network import build_network, check_same_network, check_same_tree, load_hierarchy, load_weights
+from manage.network import (
+    build_network,
+    check_same_network,
+    check_same_tree,
+    load_hierarchy,
+    load_start_weights,
+    load_weights,
+)
+from models.ema import EMA
 from utils.cli import progress
 from utils.dataset import Sample
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.losses import build_criterion, node_weights
 from utils.schedules import lr_factor
-from utils.transforms import normalise
 
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
 
@@ -77,7 +83,7 @@ class TrainManager:
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
         self.val_loader = val_loader(config, self.hierarchy, self.val_ids, self.rank, self.world)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
-        self._build()
+        self._build(is_new=resume is None)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_steps = 0  # in the sum: those of this epoch that were not left out
@@ -91,9 +97,12 @@ class TrainManager:
         self._open(resume, overwrite)
 
     # --- setting up ---
-    def _build(self) -> None:
+    def _build(self, is_new: bool) -> None:
         config = self.config
-        self.network = build_network(config, self.hierarchy, self.encoding.pixels).to(self.device)
+        self.network = build_network(config, self.hierarchy, self.encoding.pixels)
+        if is_new:  # a run that goes on takes all from its checkpoint
+            load_start_weights(self.network, self.hierarchy, config, self.say)
+        self.network.to(self.device)
         if config.channels_last:
             self.network.to(memory_format=torch.channels_last)
         if config.sync_batchnorm:
@@ -102,8 +111,7 @@ class TrainManager:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.ema = None
         if config.ema_decay:
-            average = get_ema_multi_avg_fn(config.ema_decay)
-            self.ema = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
+            self.ema = EMA(self.network, config.ema_decay)
         weights = node_weights(config.node_weights, self.encoding.labelled, self.hierarchy)
         self.criterion = build_criterion(config.criterion, self.hierarchy, config.gamma, weights)
         self.optimizer = build_optimizer(self.network, config)
@@ -177,7 +185,7 @@ class TrainManager:
         return {
             "model": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
-            "ema_updates": int(self.ema.n_averaged) if self.ema else 0,
+            "ema_updates": self.ema.updates if self.ema else 0,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -216,7 +224,7 @@ class TrainManager:
         load_weights(self.network, state["model"], source)
         if self.ema:
             load_weights(self.ema.module, state["ema"], source)
-            self.ema.n_averaged.fill_(state["ema_updates"])
+            self.ema.updates = int(state["ema_updates"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
@@ -329,8 +337,10 @@ class TrainManager:
         processes add up to the gradient of one large batch.
         """
         lr = self.config.lr * self._lr_factor()
+        is_frozen = self.epoch < self.config.freeze_encoder_epochs
+        encoder_factor = 0.0 if is_frozen else self.config.encoder_lr_factor
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
+            parameters["lr"] = lr * (encoder_factor if parameters["is_encoder"] else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers_before = [buffer.clone() for buffer in self.network.buffers()]  # should this step be a bad one
         on_device = [self._to_device(batch) for batch in group]
@@ -350,7 +360,7 @@ class TrainManager:
         if self._gradient_is_fine(step_loss, group):
             self.scaler.step(self.optimizer)
             if self.ema:
-                self.ema.update_parameters(self.network)
+                self.ema.update(self.network)
             self.loss_sum += step_loss
             self.loss_steps += 1
         self.scaler.update()
@@ -497,6 +507,8 @@ class TrainManager:
     # --- small things ---
     def set_train_mode(self) -> None:
         self.trained.train()
+        if self.epoch < self.config.freeze_encoder_epochs:
+            self.network.encoder.eval()  # its rate is 0 as well
         if self.config.freeze_batchnorm:
             for module in self.network.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -509,7 +521,7 @@ class TrainManager:
             sys.stdout.flush()
 
     def _to_device(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        images = normalise(batch.image.to(self.device, non_blocking=True))
+        images = batch.image.to(self.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, batch.labels.to(self.device, non_blocking=True)
@@ -561,10 +573,14 @@ class TrainManager:
 
 def build_optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW; biases and normalisation are not decayed."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    fused = decayed[0].device.type in ("cpu", "cuda")  # one pass over the weights; a fifth of the time on a CPU
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    encoder = {*network.encoder.parameters()}
+    groups = [
+        {"params": params, "weight_decay": decay, "is_encoder": is_encoder}
+        for is_encoder in (False, True)
+        for decay, of_kind in ((config.weight_decay, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim <= 1))
+        if (params := [p for p in network.parameters() if (p in encoder) == is_encoder and of_kind(p)])
+    ]
+    fused = next(network.parameters()).device.type in ("cpu", "cuda")  # one pass over the weights
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW

@@ -43,6 +43,11 @@ def pascal_part_raw() -> Path:
     return _folder_of("PASCAL_PART_RAW", "raw Pascal-Part annotations")
 
 
+@pytest.fixture(scope="session")
+def hseg_weights() -> Path:
+    return _folder_of("HSEG_WEIGHTS", "ImageNet weights of MobileNetV2 and EfficientNet-Lite0")
+
+
 def _folder_of(variable: str, what: str) -> Path:
     if not os.environ.get(variable):
         pytest.skip(f"needs {what}: set {variable} to its folder")

@@ -301,7 +301,7 @@ def use_tree(h: Hierarchy) -> None:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.hseg, "ResNetEncoder", SlimEncoder)
+        patch.setattr(models.hseg, "build_encoder", SlimEncoder)
         yield Workshop(tmp_path_factory.mktemp("fuzz"))
 
 

@@ -9,7 +9,6 @@ from tools.make_sample_data import Settings, draw_sample
 from utils.decode import DECODERS
 from utils.losses import LOSSES
 from utils.metrics import LevelScores
-from utils.transforms import normalise
 
 SIZE, STEPS, BATCH = 64, 150, 8
 FINE, COARSE, VAL = 16, 16, 60  # photos labelled with parts, photos labelled with upper and lower body only, val photos
@@ -38,7 +37,7 @@ def level2_score(images, labels, used, tree) -> float:
         views, targets = images[batch], labels[batch]
         if torch.rand(()) < 0.5:
             views, targets = views.flip(-1), targets.flip(-1)
-        loss = LOSSES["ce"](network(normalise(views)), targets, tree)
+        loss = LOSSES["ce"](network(views), targets, tree)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -46,7 +45,7 @@ def level2_score(images, labels, used, tree) -> float:
     meter = LevelScores(tree)
     with torch.inference_mode():
         for image, label in zip(images[-VAL:, None], labels[-VAL:, None], strict=True):
-            logits = network.eval()(normalise(image))
+            logits = network.eval()(image)
             meter.update(DECODERS["leaf"](logits, tree), label)
     return meter.compute()["mIoU2"]
 

@@ -1,26 +1,34 @@
-"""The network: shapes for any input, gradients, and weights from files."""
+"""The network: maps of any encoder, shapes for any photo, gradients, normalisation, and weights as people have them."""
 
-import contextlib
-import weakref
+import re
 
 import pytest
 import torch
 import torchvision
 from torchvision.models._api import WeightsEnum
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from models.decoders import unet
-from models.encoders.resnet import ResNetEncoder
+from models.decoders.unet import LastStage
+from models.ema import EMA
+from models.encoders import build_encoder
+from models.encoders.torchvision import TorchvisionEncoder
 from models.hseg import HSEG
-from models.memory import recomputed
 
 SLIM = (8, 8, 8, 8, 8)
-BASIC, BOTTLENECK = (64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048)
-CHANNELS = {
-    "resnet18": BASIC,
-    "resnet34": BASIC,
-    "resnet50": BOTTLENECK,
-    "resnet101": BOTTLENECK,
-    "resnet152": BOTTLENECK,
+# name -> channels by stride, as torchvision's papers and code have them
+FAMILIES = {
+    "resnet18": {2: 64, 4: 64, 8: 128, 16: 256, 32: 512},
+    "resnext50_32x4d": {2: 64, 4: 256, 8: 512, 16: 1024, 32: 2048},
+    "mobilenet_v2": {2: 16, 4: 24, 8: 32, 16: 96, 32: 320},
+    "mobilenet_v3_small": {2: 16, 4: 16, 8: 24, 16: 48, 32: 96},
+    "efficientnet_b0": {2: 16, 4: 24, 8: 40, 16: 112, 32: 320},
+    "convnext_tiny": {4: 96, 8: 192, 16: 384, 32: 768},
+    "regnet_y_400mf": {2: 32, 4: 48, 8: 104, 16: 208, 32: 440},
+    "shufflenet_v2_x0_5": {2: 24, 4: 24, 8: 48, 16: 96, 32: 192},
+    "densenet121": {2: 64, 4: 256, 8: 512, 16: 1024, 32: 1024},
+    "vgg11_bn": {2: 128, 4: 256, 8: 512, 16: 512, 32: 512},
+    "swin_t": {4: 96, 8: 192, 16: 384, 32: 768},
+    "mnasnet0_5": {2: 8, 4: 16, 8: 24, 16: 48, 32: 160},
 }
 
 
@@ -36,22 +44,96 @@ def resnet18_state() -> dict:
     return torchvision.models.resnet18().state_dict()  # with its fc
 
 
-@pytest.mark.parametrize("name", CHANNELS)
-def test_each_encoder_fits_the_decoder(name):
-    with torch.device("meta"):  # shapes without arithmetic
-        encoder, whole = ResNetEncoder(name), HSEG(name, 7, decoder_channels=SLIM)
-        images = torch.empty(2, 3, 64, 96)
-    assert encoder.channels == CHANNELS[name]
-    maps = encoder(images)
-    expected = [(2, c, 64 // s, 96 // s) for c, s in zip(encoder.channels, encoder.strides, strict=True)]
-    assert [tuple(m.shape) for m in maps] == expected
-    assert whole(images).shape == (2, 7, 64, 96)
+# --- encoders ---
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_gives_its_maps_and_a_gradient_at_odd_sizes(name):
+    torch.manual_seed(0)
+    network = HSEG(name, 7, decoder_channels=SLIM)
+    assert network.encoder.channels == FAMILIES[name]
+    maps = network.encoder(torch.randn(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 96 // s) for s, c in FAMILIES[name].items()]
+    logits = network(torch.randint(0, 256, (2, 3, 45, 67), dtype=torch.uint8))
+    assert logits.shape == (2, 7, 45, 67)
+    logits.square().mean().backward()
+    unused = [key for key, p in network.named_parameters() if p.grad is None]
+    assert not unused
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 32), (95, 101)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_any_size_from_the_stride_on_keeps_its_shape(network, size, batch):
-    assert network.eval()(torch.zeros(batch, 3, *size)).shape == (batch, 10, *size)
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        ("resnet18", ["relu", "layer1", "layer2", "layer3", "layer4"]),
+        ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features.17"]),
+        ("convnext_tiny", ["features.1", "features.3", "features.5", "features.7"]),
+    ],
+)
+def test_maps_are_torchvisions_own_intermediate_values(name, nodes):
+    torch.manual_seed(0)
+    whole = torchvision.models.get_model(name, weights=None).eval()
+    encoder = TorchvisionEncoder(name).eval()
+    encoder.load_state_dict({key: value for key, value in whole.state_dict().items() if key in encoder.state_dict()})
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        theirs = create_feature_extractor(whole, nodes)(images)
+        for ours, node in zip(encoder(images), nodes, strict=True):
+            torch.testing.assert_close(ours, theirs[node], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t", "efficientnet_b0"])
+def test_photos_are_normalised_as_the_weights_of_the_encoder_expect(name):
+    torch.manual_seed(0)
+    photos = torch.randint(0, 256, (1, 3, 33, 40), dtype=torch.uint8)
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transforms.mean, transforms.std))
+    network = HSEG(name, 3, decoder_channels=SLIM)
+    torch.testing.assert_close(network.normalise(photos), (photos / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    assert torch.equal(network.state_dict()["input_mean"], torch.tensor(transforms.mean)), "checkpoints keep it"
+
+
+def test_timm_networks_are_encoders_with_their_own_normalisation():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = HSEG("timm:tf_efficientnet_lite0", 5, decoder_channels=SLIM)
+    assert network.encoder.channels == {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
+    assert network.input_mean.tolist() == [0.5, 0.5, 0.5]
+    assert network(torch.zeros(1, 3, 45, 67)).shape == (1, 5, 45, 67)
+    whole = timm.create_model("tf_efficientnet_lite0", features_only=True)
+    assert network.encoder.network.state_dict().keys() == whole.state_dict().keys()
+
+
+def test_a_timm_network_takes_the_state_dict_of_the_whole(tmp_path):
+    timm = pytest.importorskip("timm")
+    whole = timm.create_model("tf_efficientnet_lite0")
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    encoder = build_encoder("timm:tf_efficientnet_lite0")
+    left_over = encoder.load_file(tmp_path / "w.pth")
+    assert torch.equal(encoder.network.state_dict()["conv_stem.weight"], whole.state_dict()["conv_stem.weight"])
+    assert left_over == []
+
+
+def test_a_missing_timm_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(RuntimeError, match=r"pip install -r requirements-timm\.txt"):
+        HSEG("timm:resnet18", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet19", "unknown encoder 'resnet19'; did you mean 'resnet1"),
+        ("vit_b_16", "unknown encoder 'vit_b_16'"),
+        ("alexnet", "unknown encoder 'alexnet'"),
+    ],
+)
+def test_an_encoder_that_is_not_there_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        HSEG(name, 10)
+
+
+# --- the whole network ---
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (95, 101)])
+def test_any_size_from_the_stride_on_keeps_its_shape(network, size):
+    assert network.eval()(torch.zeros(2, 3, *size)).shape == (2, 10, *size)
 
 
 def test_a_smaller_image_is_refused_with_the_way_out(network):
@@ -59,43 +141,83 @@ def test_a_smaller_image_is_refused_with_the_way_out(network):
         network(torch.zeros(1, 3, 31, 64))
 
 
-def test_padding_changes_nothing_far_from_it(network):
-    torch.manual_seed(0)
-    images = torch.randn(1, 3, 64, 64)
-    padded = torch.nn.functional.pad(images[..., :60], (0, 4, 0, 0), mode="replicate")
+def test_bytes_and_floats_of_the_same_photo_give_the_same_logits(network):
+    photo = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(network.eval()(images[..., :60]), network.eval()(padded)[..., :60])
-
-
-def test_gradients_reach_every_parameter(network):
-    network.train()
-    network(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    network.zero_grad()
-    assert not without
+        assert torch.equal(network.eval()(photo), network(photo.float()))
 
 
 def test_scores_are_the_sigmoid_of_the_logits(network):
-    images = torch.randn(1, 3, 40, 40)
+    photos = 255 * torch.rand(1, 3, 40, 40)
     with torch.no_grad():
-        assert torch.equal(network.eval().scores(images), network.eval()(images).sigmoid())
+        assert torch.equal(network.eval().scores(photos), network(photos).sigmoid())
 
 
-def test_an_unknown_encoder_is_named():
-    with pytest.raises(ValueError, match="unknown encoder 'resnet19'; expected one of resnet18"):
-        HSEG("resnet19", 10)
+def test_the_last_stage_goes_up_without_a_comb():
+    """A ramp of features is a ramp at full resolution: no steps every two pixels."""
+    last = LastStage(1, 1)
+    last.block = torch.nn.Identity()
+    row = last(torch.arange(8.0).expand(1, 1, 8, 8))[0, 0, 0]
+    torch.testing.assert_close(row[1:-1].diff(), torch.full((13,), 0.5))
 
 
-def test_encoder_weights_come_from_a_file_and_the_classifier_is_left_aside(tmp_path, resnet18_state):
-    torch.save(resnet18_state, tmp_path / "weights.pth")
-    encoder = HSEG("resnet18", 4, encoder_weights=tmp_path / "weights.pth", decoder_channels=SLIM).encoder
-    assert all(torch.equal(value, resnet18_state[key]) for key, value in encoder.state_dict().items())
+def test_a_checkpoint_of_the_first_version_keeps_its_last_stage():
+    old = HSEG("resnet18", 4, decoder_channels=SLIM, subpixel=True)
+    assert old.state_dict()["decoder.last.block.0.weight"].shape == (32, 8, 1, 1)
+    assert old(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 64, 64)
 
 
-def test_an_encoder_saved_on_its_own_can_be_loaded_again(tmp_path, network):
-    torch.save(network.encoder.state_dict(), tmp_path / "weights.pth")
-    other = HSEG("resnet18", 10, encoder_weights=tmp_path / "weights.pth", decoder_channels=SLIM)
-    assert torch.equal(other.encoder.conv1.weight, network.encoder.conv1.weight)
+# --- the average ---
+def test_the_average_follows_its_formula_and_ramps_up():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    network[0].weight.data.fill_(0.0)
+    ema, expected = EMA(network, 0.5), 0.0
+    for n in range(12):
+        network[0].weight.data.fill_(n + 1.0)
+        network[1].num_batches_tracked += 1
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * (n + 1)
+        ema.update(network)
+    assert float(ema.module[0].weight) == pytest.approx(expected, rel=1e-5)
+    assert int(ema.module[1].num_batches_tracked) == 12
+
+
+# --- weights as people have them ---
+def without_counters(state: dict) -> dict:
+    """As torchvision's older files are: 102 tensors of ResNet-18's 122."""
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+SPELLINGS = {
+    "torchvision": lambda s: s,
+    "torchvision, older": without_counters,
+    "DataParallel": lambda s: prefixed(s, "module."),
+    "lightning": lambda s: {"state_dict": prefixed(without_counters(s), "model.encoder."), "epoch": 3},
+    "a segmentation network": lambda s: prefixed(s, "encoder.") | {"decoder.head.weight": torch.ones(2)},
+    "moco": lambda s: {"model": prefixed(s, "module.backbone.")},
+}
+
+
+@pytest.mark.parametrize("content", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_every_spelling_of_a_state_dict_is_understood(tmp_path, resnet18_state, content, suffix):
+    file, state = tmp_path / f"weights{suffix}", content(resnet18_state)
+    if suffix == ".pth":
+        torch.save(state, file)
+    else:
+        safetensors = pytest.importorskip("safetensors.torch")
+        safetensors.save_file(
+            {k: v.clone() for k, v in state.get("model", state.get("state_dict", state)).items()}, file
+        )
+    encoder = build_encoder("resnet18")
+    left_over = encoder.load_file(file)
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, resnet18_state[key]), key
+    assert [key for key in left_over if key.endswith("fc.weight")], "the classifier is left over, and named"
 
 
 class Foreign:
@@ -109,37 +231,41 @@ def less_one(state):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (less_one, "1 tensors missing, 0 unknown, 0 of another shape; the first: bn1.bias"),
-        (lambda s: s | {"head.weight": torch.ones(1)}, "0 tensors missing, 1 unknown.*the first: head.weight"),
-        (lambda s: s | {"conv1.weight": torch.ones(64, 1, 7, 7)}, "1 of another shape; the first: conv1.weight"),
-        (lambda s: list(s.values()), "expected a state dict"),
-        (lambda s: {"model": s}, "expected a state dict"),
+        (less_one, "1 of its 120 tensors are missing, 0 have another shape: bn1.bias is missing"),
+        (
+            lambda s: s | {"conv1.weight": torch.ones(64, 1, 7, 7)},
+            "1 have another shape: conv1.weight is (64, 1, 7, 7)",
+        ),
+        (lambda s: {"net": {}}, "expected a state dict"),
         (lambda s: Foreign(), "not a state dict that can be loaded safely"),
+        (
+            lambda s: torchvision.models.mobilenet_v2().state_dict(),
+            "conv1.weight is missing); the file begins with features.0.0.weight",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, resnet18_state, content, message):
     torch.save(content(resnet18_state), tmp_path / "weights.pth")
-    with pytest.raises(RuntimeError, match=f"weights.pth: .*{message}"):
-        ResNetEncoder("resnet18").load_file(tmp_path / "weights.pth")
+    with pytest.raises(RuntimeError, match=f"weights.pth: .*{re.escape(message)}"):
+        build_encoder("resnet18").load_file(tmp_path / "weights.pth")
 
 
-def test_the_weights_of_a_deeper_encoder_are_refused(tmp_path):
-    with torch.device("meta"):
-        state = torchvision.models.resnet34().state_dict()
-    with pytest.raises(RuntimeError, match="file: does not fit this encoder"):
-        ResNetEncoder("resnet18").load_state(state, "file")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_missing_or_garbled_file_is_named(tmp_path, suffix):
+    garbled = tmp_path / f"garbled{suffix}"
+    garbled.write_bytes(b"not weights")
+    with pytest.raises(RuntimeError, match=f"{garbled}: "):
+        build_encoder("resnet18").load_file(garbled)
+    with pytest.raises(RuntimeError, match="no such file of encoder weights"):
+        build_encoder("resnet18").load_file(tmp_path / f"absent{suffix}")
 
 
-def test_a_missing_or_garbled_file_is_named(tmp_path):
-    (tmp_path / "garbled.pth").write_bytes(b"not weights")
-    with pytest.raises(RuntimeError, match=r"garbled.pth: not a state dict"):
-        ResNetEncoder("resnet18").load_file(tmp_path / "garbled.pth")
-    with pytest.raises(RuntimeError, match=r"absent.pth: no such file of encoder weights"):
-        ResNetEncoder("resnet18").load_file(tmp_path / "absent.pth")
-
-
-def test_imagenet_weights_are_loaded_into_the_encoder(monkeypatch, resnet18_state):
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: resnet18_state)
+def test_pretrained_takes_an_older_file_from_torchs_cache(tmp_path, monkeypatch, resnet18_state):
+    """The file of the user's own experiment: torchvision's keys, no counters, in TORCH_HOME, hash checked by name."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(without_counters(resnet18_state), folder / "resnet18-f37072fd.pth")
     encoder = HSEG("resnet18", 4, pretrained=True, decoder_channels=SLIM).encoder
     assert torch.equal(encoder.conv1.weight, resnet18_state["conv1.weight"])
 
@@ -155,44 +281,18 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
         assert part in str(error.value)
 
 
-def gradients(network: HSEG, amp: bool) -> list[torch.Tensor]:
-    """Of a sum with different weights at every pixel, after one pass in training mode."""
-    network.train().zero_grad()
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-        logits = network(images)
-    (logits.float() * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).sum().backward()
-    return [parameter.grad.clone() for parameter in network.parameters()]
-
-
-@pytest.mark.parametrize("amp", [False, True])
-def test_joining_again_gives_the_same_bits(network, monkeypatch, amp):
-    ours = gradients(network, amp)
-    monkeypatch.setattr(unet, "recomputed", lambda *_: contextlib.nullcontext())
-    assert all(map(torch.equal, ours, gradients(network, amp)))
-
-
-def test_joined_maps_are_not_kept_for_the_backward_pass(network, monkeypatch):
-    joined, join = [], unet.join
-
-    def watched(x, skip):
-        result = join(x, skip)
-        joined.append(weakref.ref(result))
-        return result
-
-    monkeypatch.setattr(unet, "join", watched)
-    logits = network.train()(torch.rand(1, 3, 64, 64))
-    assert len(joined) == 4
-    assert not any(ref() is not None for ref in joined)
-    logits.sum().backward()
-    assert len(joined) == 8  # each once more, for the backward pass
-
-
-def test_recomputed_keeps_what_it_does_not_know():
-    a, b = (torch.rand(3, requires_grad=True) for _ in range(2))
-    result = a * 2
-    with recomputed(result, lambda a: a * 2, a):
-        total = (result * result + b * b).sum()
-    total.backward()
-    assert torch.equal(a.grad, 8 * a.detach())
-    assert torch.equal(b.grad, 2 * b.detach())
+@pytest.mark.parametrize(
+    ("file", "encoder", "left"),
+    [
+        ("mobilenet_v2_imagenet.pth", "mobilenet_v2", 6),
+        ("tf_efficientnet_lite0_imagenet.pth", "timm:tf_efficientnet_lite0", 0),
+    ],
+)
+def test_real_imagenet_weights_fit(hseg_weights, file, encoder, left):
+    if encoder.startswith("timm:"):
+        pytest.importorskip("timm")
+    before = build_encoder(encoder)
+    kept = {key: value.clone() for key, value in before.state_dict().items()}
+    assert len(before.load_file(hseg_weights / file)) == left
+    same = [key for key, value in before.state_dict().items() if value.ndim > 1 and torch.equal(value, kept[key])]
+    assert not same, "every weight is another now"

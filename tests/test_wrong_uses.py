@@ -28,7 +28,7 @@ from utils.files import write_whole
 @pytest.fixture(autouse=True)
 def slim(monkeypatch):
     """None of these mistakes is the encoder's, so a small one stands in for the ResNet."""
-    monkeypatch.setattr(models.hseg, "ResNetEncoder", SlimEncoder)
+    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.encoders.resnet import ResNetEncoder
+from models.encoders import build_encoder
 from utils.hierarchy import Hierarchy
 from utils.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -143,8 +143,8 @@ class PlainUNet(nn.Module):
 
     def __init__(self, encoder: str, num_nodes: int, channels: tuple[int, ...] = (256, 128, 64, 32, 16)) -> None:
         super().__init__()
-        self.encoder = ResNetEncoder(encoder)
-        *skips, deepest = self.encoder.channels
+        self.encoder = build_encoder(encoder)
+        *skips, deepest = self.encoder.channels.values()
         inputs = (deepest, *channels[:-1])
         self.stages = nn.ModuleList(
             nn.Sequential(conv_block(i + skip, o), conv_block(o, o))

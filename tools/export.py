@@ -39,7 +39,6 @@ from utils.decode import best_row, leaf_bias, leaf_scores
 from utils.errors import UserError
 from utils.files import write_json
 from utils.images import PHOTO_SUFFIXES, read_photo
-from utils.transforms import normalise
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -64,7 +63,7 @@ class Exportable(nn.Module):
     def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
         """Shape: (B, 3, H, W) in 0..255 -> (B, H, W) uint8 node ids, (B, N, H, W) scores."""
         height, width = photos.shape[-2:]
-        logits = self.network(_to_multiple(normalise(photos), self.network.stride))
+        logits = self.network(_to_multiple(photos.float(), self.network.stride))
         flat = logits.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(logits.shape[1], -1)  # (N, BHW)
         scores = leaf_scores(self.rule, flat, self.hierarchy)
         if self.bias is not None:

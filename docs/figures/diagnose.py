@@ -34,7 +34,6 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.hierarchy import Hierarchy
 from utils.losses import Criterion, build_criterion
-from utils.transforms import normalise
 
 BATCH = 8
 BINS = 10  # of a score
@@ -137,7 +136,7 @@ def measure(point: Point, batches: Sequence[tuple[Tensor, Tensor]], criteria: di
     diagnosis = Diagnosis(hierarchy, losses)
     for images, labels in batches:
         with torch.inference_mode():
-            logits = network(normalise(images))
+            logits = network(images)
         diagnosis.update(logits.clone(), labels)
     return diagnosis.summary()
 

@@ -1,0 +1,82 @@
+"""State dicts of encoders as people have them: wrapped, prefixed, with or without counters and classifier."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+PREFIXES = ("module.", "model.", "encoder.", "backbone.", "network.", "_orig_mod.")
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")  # names of torchvision's own files
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file, out of any wrapper; nothing in it is executed.
+
+    Raises: RuntimeError that names the file.
+    """
+    if not Path(path).is_file():
+        raise RuntimeError(f"{path}: no such file of encoder weights")
+    if str(path).endswith(".safetensors"):
+        return _read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RuntimeError(f"{path}: not a state dict that can be loaded safely ({reason})") from None
+    while isinstance(state, Mapping) and (inner := [state[k] for k in WRAPPERS if isinstance(state.get(k), Mapping)]):
+        state = inner[0]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise RuntimeError(f"{path}: expected a state dict (name -> tensor), or one inside {', '.join(WRAPPERS)}")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def fit_state(
+    state: Mapping[str, Tensor], network: nn.Module, source: str, head: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors that a network needs, and the keys that are left over, such as those of a classifier.
+
+    A prefix that all the network's keys have in the file is taken away. Counters of batch normalisation, which older
+    files lack, stay as they are; keys that start with one of `head` may be missing.
+
+    Raises: RuntimeError for a tensor that is missing or of another shape.
+    """
+    own = network.state_dict()
+    renamed = {OLD_DENSENET.sub(r"\1\2.", key): key for key in state}
+    prefix = _prefix(renamed, own)
+    given = {key: state[renamed[prefix + key]] for key in own if prefix + key in renamed}
+    optional = {key for key in own if key.endswith("num_batches_tracked") or key.startswith(tuple(head))}
+    missing = [key for key in own if key not in given and key not in optional]
+    wrong = [key for key in given if given[key].shape != own[key].shape and key not in optional]
+    if missing or wrong:
+        first = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(given[wrong[0]].shape)}"
+        raise RuntimeError(
+            f"{source}: does not fit this encoder ({len(missing)} of its {len(own)} tensors are missing, {len(wrong)} "
+            f"have another shape: {first}); the file begins with {', '.join(list(state)[:3])}. Use weights of the "
+            "network that `encoder` names"
+        )
+    used = {renamed[prefix + key] for key in given}
+    fitting = {key: value for key, value in given.items() if value.shape == own[key].shape}
+    return dict(own) | fitting, [key for key in state if key not in used]
+
+
+def _prefix(keys: Mapping[str, str], own: Mapping[str, Tensor]) -> str:
+    """What stands before each of the network's keys in a file: of all chains of known prefixes the best fitting."""
+    chains, grown = [""], [""]
+    while grown:
+        grown = [c + p for c in grown for p in PREFIXES if any(key.startswith(c + p) for key in keys)]
+        chains += grown
+    return max(chains, key=lambda chain: sum(chain + key in keys for key in own))
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise RuntimeError(f"{path}: needs the package safetensors; install it: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as error:  # a damaged file
+        raise RuntimeError(f"{path}: not a safetensors file ({error})") from None
