@@ -34,7 +34,7 @@ METRICS = ("mIoU", "mIoU_with_background", "pixel_accuracy", "violation_rate")
 
 # Keys that may differ when a run is resumed: they change where and how, not what is computed.
 RESUMABLE_CHANGES = frozenset(
-    "root_dir root_data_dir device num_workers save_epoch keep skip_unreadable "
+    "root_dir root_data_dir device num_workers cache save_epoch keep skip_unreadable "
     "eval_checkpoint decode root_bias tta metrics log_every".split()
 )
 
@@ -87,10 +87,15 @@ class Config:
     n_classes: int | None = knob(None, "nodes of the tree; derived from it, and checked if given", low=1)
     num_workers: int | str = knob(
         "auto",
-        "loader processes; auto looks at the cores; 0 loads in the main process",
+        "threads that read photos ahead; auto looks at the cores; 0 reads in the main thread",
         low=0,
         high=256,
         choices=("auto",),
+    )
+    cache: str = knob(
+        "auto",
+        "where photos are kept, so that each is decoded once: in memory, on the device (GPU); auto takes what fits",
+        choices=("auto", "memory", "device", "off"),
     )
     skip_unreadable: int = knob(0, "damaged photos left out before it stops: of train, of val, in each process", low=0)
 
@@ -103,6 +108,7 @@ class Config:
         [0.75, 1.5], "range of random scales before the crop, null: none", above=0, high=10
     )
     hflip: float = knob(0.5, "probability of a left-right flip", low=0, high=1)
+    rotation: float = knob(0.0, "largest angle of a random turn, in degrees, 0: none", low=0, high=180)
     color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter, 0: none", low=0, high=1)
 
     # --- model ---

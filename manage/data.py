@@ -1,20 +1,22 @@
 """Config -> data sets and loaders, with every file checked before the first step."""
 
+import itertools
 import os
-import signal
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader
 
 from configs.config import Config
 from manage.experiment import cores
-from utils.dataset import EpochBatches, Sample, TrainPhotos, WholePhotos, find_samples
+from utils.dataset import Draw, EpochBatches, Photos, Sample, find_samples
 from utils.encoding import Encoding, load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import read_ids
-from utils.transforms import RandomView
+from utils.store import Store, free_memory, to_device
+from utils.views import RandomViews
+
+CPU = torch.device("cpu")
 
 
 def read_split(config: Config, split: str) -> list[str]:
@@ -55,59 +57,129 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
     return encoding
 
 
-def train_loader(config: Config, hierarchy: Hierarchy, rank: int, world: int) -> tuple[DataLoader, EpochBatches]:
-    """The loader of random views and the sampler that says which epoch it reads."""
+class TrainLoader:
+    """The batches of an epoch: photos read ahead or kept, and random views of them made on the device."""
+
+    def __init__(self, store: Store, batches: EpochBatches, views: RandomViews) -> None:
+        self.store, self.batches, self.views = store, batches, views
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def n_photos(self) -> int:
+        """That this process reads."""
+        return len(self.store.photos)
+
+    def __iter__(self) -> Iterator[Sample]:
+        ahead, batches = itertools.tee(self.batches)
+        samples = self.store.read(draw.index for batch in ahead for draw in batch)
+        for draws in batches:
+            yield self._batch(draws, list(itertools.islice(samples, len(draws))))
+
+    def batch(self, draws: Sequence[Draw]) -> Sample:
+        """The views of any draws. Shape: image (B, 3, S, S), labels (B, S, S), index (B,)."""
+        return self._batch(draws, list(self.store.read(draw.index for draw in draws)))
+
+    def _batch(self, draws: Sequence[Draw], samples: Sequence[Sample]) -> Sample:
+        views = [
+            self.views.draw(draw.seed, *sample.labels.shape[::-1]) for draw, sample in zip(draws, samples, strict=True)
+        ]
+        images, labels = self.views.make([s.image for s in samples], [s.labels for s in samples], views)
+        return Sample(images, labels, torch.tensor([s.index for s in samples]), [s.fault for s in samples])
+
+
+class ValLoader:
+    """Whole photos on the device, one at a time, their labels at native size."""
+
+    def __init__(self, store: Store, indices: Sequence[int], device: torch.device) -> None:
+        self.store, self.indices, self.device = store, indices, device
+        self.files = store.photos.files
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def n_photos(self) -> int:
+        """That this process reads."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in self.store.read(self.indices):
+            image, labels = to_device([sample.image, sample.labels], self.device)
+            yield sample._replace(image=image.contiguous(), labels=labels)
+
+
+def train_loader(
+    config: Config, hierarchy: Hierarchy, rank: int, world: int, device: torch.device = CPU
+) -> tuple[TrainLoader, EpochBatches]:
+    """The loader of random views on `device`, and the sampler that says which epoch it reads."""
     files = find_samples(read_split(config, "train"), config.images_dir, config.labels_dir)
-    view = RandomView(
+    views = RandomViews(
         config.crop_size,
+        hierarchy.ignore_index,
         config.short_side,
         config.scale_jitter,
         config.hflip,
+        config.rotation,
         config.color_jitter,
-        hierarchy.ignore_index,
+        device=device,
     )
-    photos = TrainPhotos(files, view, hierarchy.ignore_index, config.crop_size, hierarchy.num_nodes)
+    photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
     batches = EpochBatches(len(photos), config.batch_size, config.seed, rank, world, config.accumulate)
-    workers = n_workers(config, without_gpu=1)
-    loader = DataLoader(
-        photos,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the loader's own draws leave the global generator alone
-        worker_init_fn=_start_worker,
-    )
-    return loader, batches
+    store = Store(photos, n_threads(config, without_gpu=1), ahead=4 * config.batch_size)
+    return TrainLoader(store, batches, views), batches
 
 
-def val_loader(config: Config, hierarchy: Hierarchy, ids: list[str], rank: int = 0, world: int = 1) -> DataLoader:
-    """Whole photos, one at a time; with several processes each photo belongs to exactly one of them."""
+def val_loader(
+    config: Config, hierarchy: Hierarchy, ids: list[str], rank: int = 0, world: int = 1, device: torch.device = CPU
+) -> ValLoader:
+    """Whole photos on `device`; with several processes each photo belongs to exactly one of them."""
     files = find_samples(ids, config.images_dir, config.labels_dir)
-    photos = WholePhotos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
-    workers = n_workers(config, without_gpu=0)
-    return DataLoader(
-        photos,
-        batch_size=None,
-        sampler=range(rank, len(photos), world),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-        worker_init_fn=_start_worker,
-    )
+    photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, native_labels=True)
+    threads = n_threads(config, without_gpu=0)
+    return ValLoader(Store(photos, threads, ahead=4 * threads), range(rank, len(photos), world), device)
 
 
-def n_workers(config: Config, without_gpu: int) -> int:
+def n_threads(config: Config, without_gpu: int) -> int:
     """`auto`: with a GPU all cores but one, at most 16; without one the network needs the cores.
 
-    There training takes one worker, to augment meanwhile, and evaluation none: a worker that reads for 2 ms makes a
-    pass of the network over all cores 10 ms longer.
+    There training takes one thread, to decode meanwhile, and evaluation none.
     """
     if config.num_workers != "auto":
         return config.num_workers
     return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else without_gpu
+
+
+def keep_photos(config: Config, loaders: dict[str, TrainLoader | ValLoader], device: torch.device) -> str:
+    """Decides where the photos of each loader are kept, so that each is decoded once; returns a line that says so.
+
+    `auto` fills up to a quarter of what a GPU has free, else up to half of the machine's memory.
+
+    Raises: UserError when they do not fit where the config wants them.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    places = {"memory": (CPU, free_memory() // processes)}
+    if device.type == "cuda":
+        places = {"device": (device, torch.cuda.mem_get_info(device)[0])} | places
+    if config.cache not in ("auto", "off", *places):
+        raise UserError(f"key 'cache': 'device' needs a GPU, and this device is {device}; use auto, memory or off")
+    said, taken = [], dict.fromkeys(places, 0.0)
+    for name, loader in loaders.items():
+        size = loader.n_photos * loader.store.photos.mean_size()
+        part = {"device": 4, "memory": 2} if config.cache == "auto" else dict.fromkeys(places, 1)
+        room = {place: free / part[place] - taken[place] for place, (_, free) in places.items()}
+        found = [place for place in room if config.cache in ("auto", place) and size <= room[place]]
+        if config.cache in places and not found:
+            raise UserError(
+                f"key 'cache': the {name} photos take {size / 2**30:.1f} GiB, and {room[config.cache] / 2**30:.1f} GiB "
+                f"are free in {config.cache}; use off, or a smaller short_side"
+            )
+        if found:
+            loader.store.keep = places[found[0]][0]
+            taken[found[0]] += size
+        said.append(f"{name} {'in ' + found[0] if found else 'not'} ({size / 2**20:.0f} MiB)")
+    return f"photos kept between epochs (cache={config.cache}): {', '.join(said)}"
 
 
 class Tolerance:
@@ -137,27 +209,3 @@ class Tolerance:
 def samples_of(batch: Sample) -> Iterator[tuple[int, str]]:
     """(index, fault) of each sample in a batch."""
     return zip(batch.index.tolist(), batch.fault, strict=True)
-
-
-STOPS = {signal.SIGTERM, signal.SIGINT}
-
-
-def batches_of(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, whose workers no signal can end before they have a process group of their own."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # the workers inherit it
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # what came meanwhile, this process hears now
-
-
-def _start_worker(_worker: int) -> None:
-    """One thread; and a process group of its own: Ctrl-C and torchrun signal the whole group of the main process.
-
-    That one wants to end its step and save, for which its workers must live. They end with it, whatever ends it.
-    """
-    torch.set_num_threads(1)
-    os.setpgrp()
-    while meant_for_the_group := signal.sigpending() & STOPS:
-        signal.sigwait(meant_for_the_group)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

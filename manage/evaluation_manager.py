@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from configs.config import DECODE_RULES, REPOSITORY, Config, config_from_dict, load_config, parse_overrides
 from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
-from manage.data import Tolerance, batches_of, check_data, read_split, val_loader
+from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
 from manage.experiment import environment
 from manage.inference import logit_rows, photo_named
 from manage.network import check_same_network, load_hierarchy, restore_network, tree_changes
@@ -57,7 +56,7 @@ class Validation:
 
 def predictions(
     network: nn.Module,
-    loader: DataLoader,
+    loader: ValLoader,
     device: torch.device,
     tolerance: Tolerance,
     how: dict[str, Any],
@@ -67,12 +66,12 @@ def predictions(
     """Every readable photo of the loader, fed as `how` tells `logit_rows`; `between` is called before each photo."""
     network.eval()
     rounds = distributed.largest(len(loader))
-    for sample in batches_of(loader):
+    for sample in loader:
         between()
         bar.update()
         if not tolerance.check(sample.index, sample.fault):
             continue
-        image, labels = sample.image.to(device, non_blocking=True), sample.labels.to(device, non_blocking=True)
+        image, labels = sample.image.to(device), sample.labels.to(device)
         yield Prediction(sample.index, image, labels, logit_rows(network, image, tuple(labels.shape), **how))
     for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
         between()
@@ -80,7 +79,7 @@ def predictions(
 
 def validate(
     network: nn.Module,
-    loader: DataLoader,
+    loader: ValLoader,
     hierarchy: Hierarchy,
     config: Config,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -104,7 +103,7 @@ def validate(
                     known = (labels != hierarchy.ignore_index).sum()
                     loss_sum += torch.stack([criterion(logits, labels) * known, known])
             if len(pictures) < N_PICTURES:
-                pictures[f"{loader.dataset.files[prediction.index].photo.stem}"] = _panel(prediction, leaves, hierarchy)
+                pictures[f"{loader.files[prediction.index].photo.stem}"] = _panel(prediction, leaves, hierarchy)
     bar.close()
     distributed.sum_over_processes([*meter.tensors(), loss_sum])
     result = meter.compute()
@@ -170,7 +169,7 @@ class EvaluationManager:
         self.network = network.to(self.device, memory_format=torch.channels_last)  # on a CPU a fifth faster
         check_data(config, self.hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
-        self.loader = val_loader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world())
+        self.loader = val_loader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world(), self.device)
         self.tolerance = Tolerance(config.skip_unreadable, self.ids)
         first = Decoding.of(self.trained_with, options.decode, options.root_bias)
         first.biases(self.hierarchy)

@@ -29,7 +29,7 @@ from manage.checkpoint import (
     newest_valid,
     pack,
 )
-from manage.data import Tolerance, batches_of, check_data, read_split, samples_of, train_loader, val_loader
+from manage.data import Tolerance, check_data, keep_photos, read_split, samples_of, train_loader, val_loader
 from manage.evaluation_manager import Validation, validate
 from manage.experiment import (
     Curves,
@@ -79,9 +79,10 @@ class TrainManager:
         self.hierarchy = load_hierarchy(config)
         self.encoding = check_data(config, self.hierarchy)
         seed_everything(config)
-        self.loader, self.batches = train_loader(config, self.hierarchy, self.rank, self.world)
+        self.loader, self.batches = train_loader(config, self.hierarchy, self.rank, self.world, self.device)
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
-        self.val_loader = val_loader(config, self.hierarchy, self.val_ids, self.rank, self.world)
+        self.val_loader = val_loader(config, self.hierarchy, self.val_ids, self.rank, self.world, self.device)
+        self.kept_photos = keep_photos(config, {"train": self.loader, "val": self.val_loader}, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self._build(is_new=resume is None)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
@@ -323,7 +324,7 @@ class TrainManager:
 
     def _groups(self) -> Iterator[list[Sample]]:
         """The batches of each optimiser step."""
-        batches = batches_of(self.loader)
+        batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.config.accumulate)):
             for batch in group:
                 for index, fault in samples_of(batch):
@@ -542,6 +543,7 @@ class TrainManager:
             f"{config.n_epochs} epochs of {self.steps_per_epoch} steps of {batch} photos "
             f"({config.batch_size} x {config.accumulate} accumulated x {self.world} processes) on {self.device}"
         )
+        self.say(self.kept_photos)
 
     def _farewell(self, saved: bool) -> str:
         name = signal.Signals(self.stopped_by).name

@@ -1,4 +1,7 @@
-"""What reaches the network: an order that only the seed decides, and views whose photo and labels fit."""
+"""What reaches the network: an order that only the seed decides, however photos are read and kept."""
+
+import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,51 +9,115 @@ import torch
 from PIL import Image
 
 from configs.config import load_config
-from manage.data import Tolerance, train_loader
-from tests.factory import TREE, make_data, write_config
-from utils.dataset import EpochBatches
+from manage import data as data_module
+from manage.data import Tolerance, keep_photos, train_loader, val_loader
+from manage.train_manager import TrainManager
+from tests.factory import TREE, VOID, make_data, write_config
+from utils.dataset import EpochBatches, Files, Photos
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.transforms import MEAN_COLOUR, RandomView
 
-VOID = 255
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def batches_of(tmp_path_factory):
-    """All batches of the second epoch, loaded by some number of workers."""
-    root = tmp_path_factory.mktemp("pipeline")
-    data = make_data(root / "data")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("pipeline") / "data")
 
-    def load(workers: int, first: int = 0):
-        config = load_config(write_config(root, data, num_workers=workers, color_jitter=0.5))
+
+@pytest.fixture
+def loader(data, tmp_path):
+    """The loader of random views of a config with such keys, its photos kept as the config says."""
+
+    def build(**keys):
+        keys = {"color_jitter": 0.5, "rotation": 20.0, "short_side": 40} | keys
+        config = load_config(write_config(tmp_path, data, **keys))
         loader, batches = train_loader(config, Hierarchy.load(TREE), 0, 1)
-        batches.start_at(1, first)
-        return list(loader)
+        keep_photos(config, {"train": loader}, CPU)
+        batches.start_at(1)
+        return loader
 
-    return load
+    return build
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each photo is decoded."""
+    counts, read = Counter(), Photos.__getitem__
+    monkeypatch.setattr(Photos, "__getitem__", lambda photos, i: (counts.update([i]), read(photos, i))[1])
+    return counts
 
 
 def assert_equal(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.index, b.index)
-        assert torch.equal(a.image, b.image)
-        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
-def test_photos_and_views_do_not_depend_on_the_number_of_workers(batches_of):
-    assert_equal(batches_of(0), batches_of(2))
+@pytest.mark.parametrize("keys", [{"num_workers": 3}, {"cache": "off"}, {"cache": "memory", "num_workers": 3}], ids=str)
+def test_views_do_not_depend_on_threads_or_cache(loader, keys):
+    reference, other = loader(num_workers=0, cache="memory"), loader(**keys)
+    first = list(reference)
+    assert_equal(first, list(other))
+    assert_equal(first, list(other)), "the second time"
+    assert_equal(first, list(reference))
 
 
-def test_an_epoch_can_begin_in_its_middle(batches_of):
-    assert_equal(batches_of(0)[2:], batches_of(0, first=2))
+def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, reads):
+    kept, others = loader(cache="memory", num_workers=2), loader(cache="off")
+    for _ in range(3):
+        list(kept)
+    assert dict(reads) == dict.fromkeys(range(8), 1)
+    reads.clear()
+    for _ in range(3):
+        list(others)
+    assert dict(reads) == dict.fromkeys(range(8), 3)
 
 
-def test_loading_leaves_the_global_generator_alone(batches_of):
+def test_an_epoch_can_begin_in_its_middle(loader):
+    whole, part = loader(cache="off"), loader()
+    part.batches.start_at(1, first=2)
+    assert_equal(list(whole)[2:], list(part))
+
+
+def test_loading_leaves_the_global_generator_alone(loader):
     before = torch.get_rng_state()
-    batches_of(0)
+    list(loader())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loop_that_ends_early_leaves_no_thread_at_work(loader, reads):
+    for _ in loader(num_workers=1, cache="off"):
+        break
+    seen = sum(reads.values())
+    assert seen <= 8
+    list(loader(num_workers=0))  # time passes
+    assert sum(reads.values()) <= seen + 8 + 1, "at most the photo that was being read"
+
+
+@pytest.mark.slow
+def test_trainings_with_and_without_cache_end_with_the_same_bits(data, tmp_path):
+    ends = []
+    for cache in ("off", "memory"):
+        config = load_config(write_config(tmp_path, data, exp_name=cache, n_epochs=2, cache=cache))
+        manager = TrainManager(config)
+        assert manager.run() == 0
+        lines = (tmp_path / "experiments" / cache / "metrics.jsonl").read_text().splitlines()
+        ends.append((manager.network.state_dict(), [json.loads(line)["loss_val"] for line in lines]))
+    (one, losses), (other, again) = ends
+    assert losses == again
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_validation_sees_whole_photos_with_native_labels(data, tmp_path):
+    config = load_config(write_config(tmp_path, data, short_side=32))
+    ids = ["p08", "p09", "p10"]
+    loader = val_loader(config, Hierarchy.load(TREE), ids, rank=1, world=2)
+    assert len(loader) == 1
+    (sample,) = loader
+    assert sample.index == 1
+    assert min(sample.image.shape[1:]) == 32
+    assert sample.labels.shape == np.array(Image.open(data / "gt_masks/p09.png")).shape
 
 
 def test_each_epoch_has_another_order_and_every_photo_once():
@@ -68,41 +135,54 @@ def test_too_few_photos_for_a_step_are_refused():
         EpochBatches(3, 4, seed=0)
 
 
-def view(**changes) -> RandomView:
-    keys = {"size": 32, "short_side": None, "scale_jitter": None, "hflip": 0.0, "color_jitter": 0.0}
-    return RandomView(**keys | {"void": VOID} | changes)
+# --- the cache ---
+def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatch):
+    config, tree = load_config(write_config(tmp_path, data)), Hierarchy.load(TREE)
+    loaders = {"train": train_loader(config, tree, 0, 1)[0], "val": val_loader(config, tree, ["p08", "p09", "p10"])}
+    sizes = {name: loader.n_photos * loader.store.photos.mean_size() for name, loader in loaders.items()}
+    assert sizes["train"] == sum(4 * np.prod(Image.open(data / f"JPEGImages/p0{i}.jpg").size) for i in range(8))
+    for free, kept in ((0.1, []), (2.0, ["train"]), (2 + 2 * sizes["val"] / sizes["train"], ["train", "val"])):
+        monkeypatch.setattr(data_module, "free_memory", lambda free=free: free * sizes["train"] + 0.1)
+        for loader in loaders.values():
+            loader.store.keep = None
+        said = keep_photos(config, loaders, CPU)
+        assert [name for name, loader in loaders.items() if loader.store.keep == CPU] == kept
+        assert ("train in memory" in said) == ("train" in kept)
+        assert ("val not" in said) == ("val" not in kept)
 
 
-def blocks(height: int, width: int) -> tuple[Image.Image, np.ndarray]:
-    """A photo that shows its labels: blocks of 16 pixels, red is 30 times the label."""
-    labels = (np.arange(height)[:, None] // 16 * 3 + np.arange(width) // 16).astype(np.uint8) % 7
-    photo = np.zeros((height, width, 3), np.uint8)
-    photo[..., 0] = 30 * labels
-    return Image.fromarray(photo), labels
+@pytest.mark.parametrize(
+    ("cache", "message"), [("memory", r"'cache': the train photos take .* are free"), ("device", "needs a GPU")]
+)
+def test_a_cache_that_cannot_be_is_refused(data, tmp_path, monkeypatch, cache, message):
+    config = load_config(write_config(tmp_path, data, cache=cache))
+    monkeypatch.setattr(data_module, "free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=message):
+        keep_photos(config, {"train": train_loader(config, Hierarchy.load(TREE), 0, 1)[0]}, CPU)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scale_jitter": [2.0, 4.0]}, {"hflip": 1.0}])
-def test_photo_and_labels_are_cut_turned_and_scaled_together(changes):
-    photo, labels = blocks(80, 96)
-    for seed in range(10):
-        torch.manual_seed(seed)
-        image, seen = view(**changes)(photo, labels)
-        same = (image[0].float() - 30 * seen.float()).abs() < 15
-        assert same.float().mean() > 0.85  # edges of blocks are blended in the photo, not in the labels
+# --- faults ---
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_a_photo_that_cannot_be_read_is_all_void_and_says_why(data, tmp_path, loader, cache):
+    train = loader(cache=cache)
+    train.store.photos.files[3] = Files(tmp_path / "gone.jpg", train.store.photos.files[3].labels)
+    for _ in range(2):
+        batches = list(train)
+        faults = {
+            int(i): fault for batch in batches for i, fault in zip(batch.index, batch.fault, strict=True) if fault
+        }
+        assert list(faults) == [3]
+        assert "gone.jpg does not exist" in faults[3]
+        seen = torch.cat([batch.labels[batch.index == 3] for batch in batches])
+        assert (seen == VOID).all()
 
 
-def test_what_lies_outside_the_photo_is_void_and_of_the_mean_colour():
-    photo, labels = blocks(16, 16)
-    image, seen = view()(photo, labels)
-    outside = seen == VOID
-    assert int(outside.sum()) == 32 * 32 - 16 * 16
-    assert torch.equal(image[:, outside], torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None].expand(3, 768))
-
-
-def test_short_side_scales_the_photo():
-    photo, labels = blocks(64, 64)
-    _, seen = view(short_side=32)(photo, labels)
-    assert torch.equal(seen, torch.from_numpy(labels[1::2, 1::2]))
+def test_labels_that_do_not_fit_their_photo_or_tree_are_named(tmp_path):
+    files = Files(tmp_path / "a.png", tmp_path / "labels.png")
+    Image.new("RGB", (40, 50)).save(files.photo)
+    for size, value, fault in (((40, 49), 0, "40 x 49, its photo"), ((40, 50), 9, "label 9 is unknown")):
+        Image.new("L", size, value).save(files.labels)
+        assert fault in Photos([files], None, n_labels=9, void=VOID)[0].fault
 
 
 def test_bad_photos_are_counted_once_each_and_limited():

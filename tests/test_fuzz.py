@@ -33,7 +33,7 @@ from manage.network import check_same_network, load_hierarchy, restore_network
 from manage.train_manager import TrainManager
 from tests.factory import TREE, make_data, write_config
 from tests.preloaded import SlimEncoder
-from utils.dataset import Draw, Files, TrainPhotos, WholePhotos, find_samples
+from utils.dataset import Files, Photos, find_samples
 from utils.decode import DECODERS
 from utils.encoding import encode_folder, load_encoding
 from utils.errors import UserError
@@ -42,7 +42,6 @@ from utils.images import read_ids
 from utils.losses import build_criterion
 from utils.metrics import LevelScores
 from utils.schedules import lr_factor
-from utils.transforms import RandomView
 
 SECONDS = 60  # after which a case hangs
 WORDS = ["", " ", "x", ".", "..", "../x", "a/b", "/", "/dev/null", "~", "~nobody/x", "C:\\x", "\0", "\n", "\ud800", "é"]
@@ -261,9 +260,9 @@ class Workshop:
     # --- what is done with what was read without complaint ---
     def _use_photo(self, files: Files, short_side: int | None = None) -> None:
         """A photo and its labels as training and evaluation read them."""
-        n_labels = self.manager.loader.dataset.n_labels
-        train = TrainPhotos([files], RandomView(32, short_side, [0.5, 2.0], 0.5, 0.2, 255), 255, 32, n_labels)
-        for sample in (train[Draw(0, 1)], WholePhotos([files], short_side, n_labels, 255)[0]):
+        n_labels = self.manager.loader.store.photos.n_labels
+        for native_labels in (False, True):
+            sample = Photos([files], short_side, n_labels, 255, native_labels)[0]
             if sample.fault:
                 raise UserError(sample.fault)
             self.hierarchy.encode(sample.labels)

@@ -193,36 +193,6 @@ def test_a_signal_that_another_process_had_first_is_no_second_one(data, tmp_path
     assert checkpoint(tmp_path, "last")["step"] == 1
 
 
-def start_workers_slowly() -> None:
-    from manage import data
-
-    start_worker = data._start_worker
-
-    def slow(worker):
-        print(f"worker starts: {os.getpid()};", flush=True)
-        time.sleep(1)
-        start_worker(worker)
-
-    data._start_worker = slow
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_spares_workers_that_are_just_starting(data, tmp_path, number):
-    child = Child(
-        "train.py",
-        "--cfg",
-        write_config(tmp_path, data, num_workers=1),
-        log=tmp_path / "log",
-        prepare=(start_workers_slowly,),
-    )
-    child.wait_for(";")
-    worker = int(child.output.split("worker starts: ")[1].split(";")[0])
-    os.kill(worker, number)  # as a terminal or torchrun does it
-    os.kill(child.process.pid, number)
-    assert child.wait() == 128 + number, child.output
-    assert f"stopped by {number.name}" in child.output
-
-
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(untouched, data, tmp_path):
     reference, keys, _ = untouched
     for name in ("experiments", "tensorboard"):

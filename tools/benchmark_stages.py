@@ -185,14 +185,15 @@ KINDS = {"plain": "npy", "ours": "png"}
 
 def load_stage(setting: Setting) -> Iterator[Contest]:
     h, size = setting.hierarchy, setting.crops[-1]
-    config = config_for(setting, "load", crop_size=size, scale_jitter=[0.75, 1.5])
-    photos = train_loader(config, h, 0, 1)[0].dataset
+    config = config_for(setting, "load", crop_size=size, scale_jitter=[0.75, 1.5], num_workers=0)
+    loader, _ = train_loader(config, h, 0, 1)
+    photos = loader.store.photos
     planes = setting.folder / "planes"
     baselines.encode_folder([files.labels for files in photos.files], planes, h)
 
     def ours() -> None:
         for index in range(len(photos.files)):
-            photos[Draw(index, index)]
+            loader.batch([Draw(index, index)])
 
     def plain() -> None:
         for files in photos.files:
@@ -205,7 +206,7 @@ def load_stage(setting: Setting) -> Iterator[Contest]:
 
     yield one_thread(
         Contest(
-            f"load and augment, crop {size}, one worker",
+            f"load and augment, crop {size}, one thread",
             "13-channel float tensor, cropped last",
             plain,
             ours,
@@ -218,7 +219,7 @@ def load_stage(setting: Setting) -> Iterator[Contest]:
 
 
 def one_thread(contest: Contest) -> Contest:
-    """A loader's worker has one thread."""
+    """All on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     contest.close = lambda: torch.set_num_threads(threads)

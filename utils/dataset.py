@@ -1,19 +1,19 @@
-"""Photos and label maps on disk -> samples. Labels stay one byte a pixel; the tree is applied on the device."""
+"""Photos and label maps on disk -> bytes, and the order of an epoch. Labels stay one byte a pixel. Knows no tree."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from utils.errors import UserError
-from utils.images import PHOTO_SUFFIXES, find_file, read_labels, read_photo
-from utils.transforms import to_tensors
+from utils.images import PHOTO_SUFFIXES, find_file, photo_size, read_labels, read_photo, scaled_size
 
 
 class Sample(NamedTuple):
@@ -65,72 +65,60 @@ def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path) -> list
     return files
 
 
-class TrainPhotos(Dataset):
-    """Random views of the training photos, indexed by `Draw`; labels are below `n_labels`, or void."""
+class Photos:
+    """The photos of a split, at `short_side`; each is read anew. Labels are below `n_labels`, or void.
 
-    def __init__(self, files: Sequence[Files], view: Callable, void: int, size: int, n_labels: int) -> None:
-        self.files, self.view, self.void, self.size, self.n_labels = files, view, void, size, n_labels
+    Training wants labels at the photo's size, evaluation at their own (`native_labels`).
+    """
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        try:
-            photo, labels = _read(self.files[draw.index], self.n_labels, self.void)
-        except UserError as error:
-            image = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-            return Sample(image, torch.full(image.shape[1:], self.void, dtype=torch.uint8), draw.index, str(error))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw.seed)
-            return Sample(*self.view(photo, labels), draw.index, "")
-
-
-class WholePhotos(Dataset):
-    """Whole photos for evaluation: the image at `short_side`, the labels at native size."""
-
-    def __init__(self, files: Sequence[Files], short_side: int | None, n_labels: int, void: int) -> None:
+    def __init__(
+        self, files: Sequence[Files], short_side: int | None, n_labels: int, void: int, native_labels: bool = False
+    ) -> None:
         self.files, self.short_side, self.n_labels, self.void = files, short_side, n_labels, void
+        self.native_labels = native_labels
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            photo, labels = _read(self.files[index], self.n_labels, self.void, self.short_side)
+            photo, labels = self._read(self.files[index])
         except UserError as error:
-            return Sample(torch.empty(0), torch.empty(0), index, str(error))
-        return Sample(*to_tensors(photo, labels), index, "")
+            void = torch.full((1, 1), self.void, dtype=torch.uint8)
+            return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), void, index, str(error))
+        if not self.native_labels and photo.size != labels.shape[::-1]:
+            labels = np.array(Image.fromarray(labels).resize(photo.size, Image.Resampling.NEAREST))
+        return Sample(torch.from_numpy(np.array(photo)).permute(2, 0, 1), torch.from_numpy(labels), index, "")
+
+    def _read(self, files: Files) -> tuple[Image.Image, np.ndarray]:
+        photo, labels = read_photo(files.photo, self.short_side), read_labels(files.labels)
+        expected = labels.shape[::-1] if self.short_side is None else scaled_size(labels.shape[::-1], self.short_side)
+        if np.abs(np.subtract(photo.size, expected)).max() > (self.short_side is not None):
+            raise UserError(
+                f"{files.labels}: the label map is {labels.shape[1]} x {labels.shape[0]}, its photo {files.photo} "
+                "is not; make them the same size and encode again"
+            )
+        strange = (labels >= self.n_labels) & (labels != self.void)
+        if strange.any():
+            raise UserError(
+                f"{files.labels}: label {labels[strange][0]} is unknown; expected 0 to {self.n_labels - 1}, or "
+                f"{self.void} for void. The map has changed since it was encoded: encode it again"
+            )
+        return photo, labels
+
+    def mean_size(self) -> float:
+        """Bytes that a photo and its label map take, from the headers of some of them."""
+        some = self.files[:: max(1, len(self.files) // 64)]
+        total = 0
+        for files in some:
+            with contextlib.suppress(UserError):  # it is met again, and named, where it is read
+                width, height = photo_size(files.photo)
+                w, h = (width, height) if self.short_side is None else scaled_size((width, height), self.short_side)
+                total += 3 * w * h + (width * height if self.native_labels else w * h)
+        return total / len(some)
 
 
-def _read(files: Files, n_labels: int, void: int, short_side: int | None = None) -> tuple:
-    photo, labels = read_photo(files.photo, short_side), read_labels(files.labels)
-    height, width = labels.shape
-    expected = photo.size if short_side is None else _short_side_size(width, height, short_side)
-    fits = photo.size == (width, height) if short_side is None else _close(photo.size, expected)
-    if not fits:
-        raise UserError(
-            f"{files.labels}: the label map is {width} x {height}, its photo {files.photo} is not; "
-            "make them the same size and encode again"
-        )
-    strange = (labels >= n_labels) & (labels != void)
-    if strange.any():
-        raise UserError(
-            f"{files.labels}: label {labels[strange][0]} is unknown; expected 0 to {n_labels - 1}, or {void} for void. "
-            "The map has changed since it was encoded: encode it again"
-        )
-    return photo, labels
-
-
-def _short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    scale = short_side / min(width, height)
-    return round(width * scale), round(height * scale)
-
-
-def _close(size: tuple[int, int], expected: tuple[int, int]) -> bool:
-    return bool(np.all(np.abs(np.subtract(size, expected)) <= 1))
-
-
-class EpochBatches(Sampler):
+class EpochBatches:
     """The batches of one epoch for one process: an order and random seeds that depend on (seed, epoch) alone.
 
     A global batch of `batch_size * world` photos is cut into one slice a process, so that the photos of a step do

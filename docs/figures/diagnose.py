@@ -26,7 +26,7 @@ from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict, witho
 from manage.charts import line_chart
 from manage.checkpoint import NUMBERED, load_checkpoint
 from manage.comparison import criterion_name
-from manage.data import read_split, train_loader
+from manage.data import read_split, samples_of, train_loader
 from manage.network import restore_network
 from utils.cli import progress, run_main
 from utils.dataset import Draw, mix
@@ -118,14 +118,16 @@ def read_views(points: Sequence[Point], count: int, seed: int) -> list[tuple[Ten
             if getattr(point.config, key) != getattr(config, key):
                 raise UserError(f"{point.path}: {key} differs from that of {points[0].path}; diagnose them apart")
     hierarchy = restore_network(load_checkpoint(points[0].path), str(points[0].path))[1]
-    photos = train_loader(config, hierarchy, 0, 1)[0].dataset
-    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    samples = [photos[Draw(index, mix(seed, index))] for index in progress(order, desc="photos", leave=False)]
-    for sample in samples:
-        if sample.fault:
-            raise UserError(f"photo {read_split(config, 'train')[sample.index]!r}: {sample.fault}")
-    groups = [samples[i : i + BATCH] for i in range(0, len(samples), BATCH)]
-    return [(torch.stack([s.image for s in group]), torch.stack([s.labels for s in group])) for group in groups]
+    loader, _ = train_loader(config, hierarchy, 0, 1)
+    order = torch.randperm(loader.n_photos, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    batches = []
+    for i in progress(range(0, len(order), BATCH), desc="photos", leave=False):
+        batch = loader.batch([Draw(index, mix(seed, index)) for index in order[i : i + BATCH]])
+        for index, fault in samples_of(batch):
+            if fault:
+                raise UserError(f"photo {read_split(config, 'train')[index]!r}: {fault}")
+        batches.append((batch.image, batch.labels))
+    return batches
 
 
 def measure(point: Point, batches: Sequence[tuple[Tensor, Tensor]], criteria: dict[str, Any]) -> dict[str, Any]:

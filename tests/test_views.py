@@ -1,0 +1,147 @@
+"""Random views: the numbers of a view say all, and fast code shows what Pillow shows, slowly."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+from torchvision.transforms.v2 import functional as tv
+
+from utils.views import MEAN_COLOUR, RandomViews, View
+
+VOID, SIZE = 255, 64
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """Blurred noise over blocks of labels, 90 x 120. Shape: (90, 120, 3), (90, 120) uint8."""
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    labels = generator.integers(0, 7, (9, 12), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    return np.array(noise.resize((120, 90), Image.Resampling.BICUBIC)), labels
+
+
+def make(photos, views, **settings):
+    """One batch of views of (photo, labels) pairs."""
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image, _ in photos]
+    labels = [torch.from_numpy(map_) for _, map_ in photos]
+    return RandomViews(SIZE, VOID, **settings).make(images, labels, views)
+
+
+def by_pillow(photo, labels, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """The same view, step by step: window, resize, paste on an empty view, mirror, turn."""
+    image, map_ = Image.fromarray(photo), Image.fromarray(labels)
+    grow = view.side if view.angle else 0  # turned: a window three times as large, its middle taken at the end
+    left, top, side, size = view.left - grow, view.top - grow, view.side + 2 * grow, SIZE * (3 if grow else 1)
+    x0, x1 = max(0, left), min(image.width, left + side)
+    y0, y1 = max(0, top), min(image.height, top + side)
+    box = [round(value * size / side) for value in (x0 - left, y0 - top, x1 - left, y1 - top)]
+    shape = (box[2] - box[0], box[3] - box[1])
+    picture, seen = Image.new("RGB", (size, size), MEAN_COLOUR), Image.new("L", (size, size), VOID)
+    picture.paste(image.crop((x0, y0, x1, y1)).resize(shape, Image.Resampling.BILINEAR), box[:2])
+    seen.paste(map_.crop((x0, y0, x1, y1)).resize(shape, Image.Resampling.NEAREST), box[:2])
+    if view.flip:
+        picture, seen = (each.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for each in (picture, seen))
+    if view.angle:
+        picture = picture.rotate(view.angle, Image.Resampling.BILINEAR).crop((SIZE, SIZE, 2 * SIZE, 2 * SIZE))
+        seen = seen.rotate(view.angle, Image.Resampling.NEAREST).crop((SIZE, SIZE, 2 * SIZE, 2 * SIZE))
+    return np.array(picture), np.array(seen)
+
+
+def inner(labels: np.ndarray, reach: int) -> np.ndarray:
+    """Where no other label lies within `reach` pixels."""
+    padded = np.pad(labels, reach, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
+    return (windows == labels[..., None, None]).all((-2, -1))
+
+
+UPRIGHT = [
+    View(10, 5, SIZE),  # as it is
+    View(0, 0, 90),  # shrunk
+    View(40, 30, 20, flip=True),  # enlarged
+    View(-20, -35, 160),  # the whole photo inside
+    View(-31, 50, 64, flip=True),  # over two edges
+    View(119, 0, 90),  # one column of it
+]
+
+
+@pytest.mark.parametrize("view", UPRIGHT, ids=str)
+def test_an_upright_view_is_what_pillow_shows(photo, view):
+    images, seen = make([photo], [view])
+    expected, labels = by_pillow(*photo, view)
+    assert np.abs(images[0].permute(1, 2, 0).numpy() - expected.astype(int)).max() <= 2
+    assert (seen[0].numpy() == labels)[inner(labels, 1)].all()
+    assert (seen[0].numpy() == labels).mean() > 0.98
+
+
+@pytest.mark.parametrize("angle", [30.0, -8.0, 180.0])
+@pytest.mark.parametrize("view", [UPRIGHT[0], UPRIGHT[2]], ids=str)
+def test_a_turned_view_is_what_pillow_shows(photo, view, angle):
+    view = view._replace(angle=angle)
+    images, seen = make([photo], [view], rotation=180.0)
+    expected, labels = by_pillow(*photo, view)
+    inside, away = inner(labels == VOID, 3) & (labels != VOID), inner(labels, 2)
+    assert min(inside.mean(), away.mean()) > 0.3
+    assert np.abs(images[0].permute(1, 2, 0).numpy() - expected.astype(int))[inside].max() <= 2
+    assert (seen[0].numpy() == labels)[away].all()
+
+
+def test_a_view_does_not_depend_on_the_others_of_its_batch(photo):
+    small = photo[0][:30, :50], photo[1][:30, :50]
+    views = [View(3, 4, 80, True, 20.0, 1.1, 0.9, 1.2), View(-5, -10, 60, False, -3.0, 0.8, 1.1, 1.0)]
+    together = make([photo, small], views, rotation=45.0)
+    for i, pair in enumerate((photo, small)):
+        alone = make([pair], [views[i]], rotation=45.0)
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "enhance"),
+    [("brightness", ImageEnhance.Brightness), ("contrast", ImageEnhance.Contrast), ("saturation", ImageEnhance.Color)],
+)
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.7])
+def test_colours_change_as_pillow_changes_them(photo, field, enhance, factor):
+    images, _ = make([photo], [View(0, 0, SIZE, **{field: factor})])
+    expected = enhance(Image.fromarray(photo[0][:SIZE, :SIZE])).enhance(factor)
+    assert np.abs(images[0].permute(1, 2, 0).numpy() - np.array(expected).astype(int)).max() <= 2
+
+
+def test_the_three_changes_of_colour_follow_each_other(photo):
+    images, _ = make([photo], [View(0, 0, SIZE, False, 0.0, 1.2, 0.8, 1.3)])
+    expected = torch.from_numpy(photo[0][:SIZE, :SIZE]).permute(2, 0, 1) / 255
+    expected = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(expected, 1.2), 0.8), 1.3)
+    assert (images[0] - 255 * expected).abs().max() < 1
+
+
+def test_a_flip_swaps_the_labels_of_pairs(photo):
+    mirror = torch.arange(256, dtype=torch.uint8)
+    mirror[[1, 2]] = mirror[[2, 1]].clone()
+    view = View(20, 20, SIZE, flip=True)
+    plain, swapped = make([photo], [view])[1], make([photo], [view], mirror=mirror)[1]
+    upright = make([photo], [view._replace(flip=False)], mirror=mirror)[1]
+    assert torch.equal(swapped, mirror[plain.int()])
+    assert torch.equal(upright, plain.flip(-1)), "without a flip nothing is swapped"
+
+
+def test_what_lies_outside_is_void_and_of_the_mean_colour(photo):
+    images, seen = make([photo], [View(-10, -10, 200)])
+    outside = seen[0] == VOID
+    assert 0.4 < outside.float().mean() < 0.8
+    assert torch.equal(images[0][:, outside].unique(dim=1)[:, 0], torch.tensor(MEAN_COLOUR, dtype=torch.uint8))
+
+
+def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
+    views = RandomViews(SIZE, VOID, 45, [0.5, 2.0], hflip=0.5, rotation=10.0, color_jitter=0.3)
+    drawn = [views.draw(seed, 120, 90) for seed in range(200)]
+    assert drawn == [views.draw(seed, 120, 90) for seed in range(200)]
+    assert 60 < sum(view.flip for view in drawn) < 140
+    assert {64 <= view.side <= 256 for view in drawn} == {True}, "64 / (45 / 90) by a scale of 0.5 to 2"
+    assert max(abs(view.angle) for view in drawn) <= 10
+    assert all(0.7 <= factor <= 1.3 for view in drawn for factor in view[5:])
+    for view in drawn:  # inside the photo where it is larger; else the photo inside the view
+        for start, length in ((view.left, 120), (view.top, 90)):
+            assert min(0, length - view.side) <= start <= max(0, length - view.side)
+
+
+def test_no_settings_draw_a_plain_crop():
+    view = RandomViews(SIZE, VOID).draw(5, 120, 90)
+    assert view == View(view.left, view.top, SIZE)

@@ -1,0 +1,169 @@
+"""Random views of photos: drawn as a few numbers by seed, made on the device a batch at a time. Knows no tree."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.store import to_device
+
+MEAN_COLOUR = (124, 116, 104)  # of ImageNet
+GREY = (0.299, 0.587, 0.114)
+
+
+class View(NamedTuple):
+    """A square window in the photo's own pixels, which may reach over its edge, and what becomes of it, in order."""
+
+    left: int
+    top: int
+    side: int
+    flip: bool = False
+    angle: float = 0.0  # degrees, counter-clockwise, about the window's centre
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+@dataclass
+class RandomViews:
+    """What views may be like, and how they are made. `mirror` is the label that each label (0 to 255) has in a mirror.
+
+    Where a view reaches over the photo's edge it shows `colour`, labelled `void`.
+    """
+
+    size: int
+    void: int
+    short_side: int | None = None
+    scale_jitter: Sequence[float] | None = None
+    hflip: float = 0.0
+    rotation: float = 0.0
+    color_jitter: float = 0.0
+    mirror: Tensor | None = None
+    colour: Sequence[int] = MEAN_COLOUR
+    device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        self.blank = torch.tensor(self.colour, dtype=torch.uint8, device=self.device).view(3, 1, 1)
+        self.mirror = self.mirror if self.mirror is None else self.mirror.to(self.device)
+
+    def draw(self, seed: int, width: int, height: int) -> View:
+        """A random view of a photo of that size; equal seeds draw equal views."""
+        chance = random.Random(seed)
+        scale = (self.short_side or min(width, height)) / min(width, height)
+        scale *= chance.uniform(*(self.scale_jitter or (1, 1)))
+        side = max(1, round(self.size / scale))
+        # anywhere inside the photo; along an axis where the photo is smaller, the photo anywhere inside the window
+        left, top = (chance.randint(min(0, n - side), max(0, n - side)) for n in (width, height))
+        flip, angle = chance.random() < self.hflip, chance.uniform(-self.rotation, self.rotation)
+        factors = [chance.uniform(1 - self.color_jitter, 1 + self.color_jitter) for _ in range(3)]
+        return View(left, top, side, flip, angle, *factors)
+
+    def make(self, photos: Sequence[Tensor], labels: Sequence[Tensor], views: Sequence[View]) -> tuple[Tensor, Tensor]:
+        """The views on the device, whose photos may lie there or in memory.
+
+        Shape: (3, h, w) and (h, w) each -> (B, 3, size, size), (B, size, size); all uint8.
+        """
+        widest = math.radians(min(45, self.rotation))
+        margin = math.ceil(
+            self.size * (math.cos(widest) + math.sin(widest) - 1) / 2
+        )  # what the corners reach when turned
+        side = self.size + 2 * margin
+        more = [math.ceil(margin * view.side / self.size) for view in views]  # the same in the photo's pixels
+        images = self.blank.expand(len(views), 3, side, side).contiguous()
+        seen = torch.full((len(views), side, side), self.void, dtype=torch.uint8, device=self.device)
+        places = [
+            (_place(v.top - m, v.side + 2 * m, y, side), _place(v.left - m, v.side + 2 * m, x, side))
+            for v, m, (y, x) in zip(views, more, [map_.shape for map_ in labels], strict=True)
+        ]
+        windows = [p[:, y.seen, x.seen] for p, (y, x) in zip(photos, places, strict=True)]
+        maps = [m[y.seen, x.seen] for m, (y, x) in zip(labels, places, strict=True)]
+        windows, maps = to_device(windows, self.device), to_device(maps, self.device)
+        for i, (y, x) in enumerate(places):
+            view, map_ = _resize(windows[i], maps[i], y.length, x.length)
+            if views[i].flip:
+                view, map_ = view.flip(-1), self._mirrored(map_)
+                x = x._replace(offset=side - x.offset - x.length)
+            images[i, :, y.drawn, x.drawn], seen[i, y.drawn, x.drawn] = view, map_
+        if self.rotation:
+            shares = [v.side / (v.side + 2 * m) for v, m in zip(views, more, strict=True)]
+            images, seen = self._turn(images, seen, [v.angle for v in views], shares)
+        if any(view[5:] != (1, 1, 1) for view in views):
+            images = _coloured(images, self._numbers([view[5:] for view in views]))
+        return images, seen
+
+    def _mirrored(self, labels: Tensor) -> Tensor:
+        labels = labels.flip(-1)
+        return labels if self.mirror is None else self.mirror[labels.int()]
+
+    def _turn(self, images: Tensor, seen: Tensor, angles: Sequence[float], shares: Sequence[float]) -> tuple:
+        """The middle of larger views, turned; `shares` is how much of each side the middle takes."""
+        turns = [
+            (s * math.cos(math.radians(a)), s * math.sin(math.radians(a))) for a, s in zip(angles, shares, strict=True)
+        ]
+        theta = self._numbers([((c, -s, 0), (s, c, 0)) for c, s in turns])
+        grid = F.affine_grid(theta, [len(angles), 3, self.size, self.size], align_corners=False)
+        images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        seen = F.grid_sample(seen[:, None].float(), grid, "nearest", padding_mode="border", align_corners=False)
+        return images.round().to(torch.uint8), seen[:, 0].to(torch.uint8)
+
+    def _numbers(self, rows: Sequence) -> Tensor:
+        """A tensor on the device; nothing waits for its copy."""
+        numbers = torch.tensor(rows, dtype=torch.float32)
+        return (
+            numbers.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else numbers.to(self.device)
+        )
+
+
+class Place(NamedTuple):
+    """Along one axis: the pixels [start, stop) of the photo are drawn `length` pixels long at `offset`."""
+
+    start: int
+    stop: int
+    offset: int
+    length: int
+
+    @property
+    def seen(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def drawn(self) -> slice:
+        return slice(self.offset, self.offset + self.length)
+
+
+def _place(start: int, side: int, length: int, size: int) -> Place:
+    """What a window of `side` pixels from `start` on shows of a photo, in a view of `size` pixels."""
+    first, last = max(0, start), min(length, start + side)
+    offset = min(size - 1, round((first - start) * size / side))
+    return Place(first, last, offset, max(1, round((last - start) * size / side) - offset))
+
+
+def _resize(photo: Tensor, labels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Shape: (3, h, w), (h, w) -> (3, height, width), (height, width); the photo stays bytes on the CPU alone."""
+    photo = photo if photo.device.type == "cpu" else photo.float()  # CUDA has no kernel for bytes
+    photo = F.interpolate(photo[None], (height, width), mode="bilinear", antialias=True)[0]
+    labels = F.interpolate(labels[None, None], (height, width), mode="nearest-exact")[0, 0]
+    return photo if photo.dtype == torch.uint8 else photo.round_(), labels
+
+
+def _coloured(images: Tensor, factors: Tensor) -> Tensor:
+    """Brightness, contrast, saturation, in this order.
+
+    Shape: (B, 3, H, W) uint8, (B, 3) -> (B, 3, H, W) uint8.
+    """
+    brightness, contrast, saturation = factors.t()[..., None, None, None]
+    images = (images.float() * brightness).clamp_(0, 255)
+    images = torch.lerp(_grey(images).mean((-2, -1), keepdim=True), images, contrast).clamp_(0, 255)
+    return torch.lerp(_grey(images), images, saturation).clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.unbind(1)
+    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
