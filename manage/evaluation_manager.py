@@ -244,7 +244,7 @@ class EvaluationManager:
         if self.options.pictures:
             photo = prediction.image.permute(1, 2, 0).cpu().numpy()
             if photo.shape[:2] != leaves.shape:  # drawn on what the camera took, not on what the network was fed
-                photo = self.loader.dataset.files[prediction.index].photo
+                photo = self.loader.files[prediction.index].photo
             writer.add(self.ids[prediction.index], photo, leaves.cpu().numpy(), maps.maps(leaves))
         return [matrix.cpu().numpy() for matrix in matrices]
 
