@@ -7,7 +7,6 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
 
 from utils.errors import UserError
 
@@ -76,9 +75,10 @@ def _check_text(key: str, value: str, kind: str | None) -> None:
         raise UserError(
             f"key {key!r}: expected letters, digits, '.', '_' and '-' (at most 100, no folders), found {_short(value)}"
         )
-    if kind == "inside" and (PurePosixPath(value).is_absolute() or ".." in re.split(r"[/\\]", value)):
+    is_elsewhere = os.path.isabs(os.path.expanduser(value))
+    if (kind == "inside" and is_elsewhere) or (kind in ("inside", "beside") and ".." in re.split(r"[/\\]", value)):
         raise UserError(f"key {key!r}: expected a place inside root_data_dir, found {_short(value)}")
-    if kind in ("path", "inside") and (
+    if kind in ("path", "inside", "beside") and (
         len(os.fsencode(value)) > 1000 or any(len(os.fsencode(name)) > 255 for name in value.split("/"))
     ):
         raise UserError(f"key {key!r}: a path of {len(value)} characters is too long, or a name in it is")

@@ -55,7 +55,7 @@ GONE = {
 
 
 def knob(default, help: str, *, choices=None, low=None, high=None, above=None, kind=None):
-    """A config key: default, how to choose it, and the values it takes (`kind`: name, inside or path)."""
+    """A config key: default, how to choose it, and the values it takes (`kind`: name, inside, beside or path)."""
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "kind": kind}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -76,9 +76,12 @@ class Config:
     # --- data ---
     root_data_dir: str = knob("data/pascal_part", "the data set's folder; relative to root_dir", kind="path")
     img_dir: str = knob("JPEGImages", "photos, inside root_data_dir", kind="inside")
-    gt_dir: str = knob("gt_masks_hie", "label maps written by tools/dataset_hie_enc.py", kind="inside")
-    train_sample_ids_file: str = knob("train_id.txt", "one id a line, inside root_data_dir", kind="inside")
-    val_sample_ids_file: str = knob("val_id.txt", "one id a line, inside root_data_dir", kind="inside")
+    gt_dir: str = knob("gt_masks_hie", "label maps written by tools/dataset_hie_enc.py", kind="beside")
+    train_sample_ids_file: str = knob("train_id.txt", "one id a line; inside root_data_dir, or absolute", kind="beside")
+    val_sample_ids_file: str = knob("val_id.txt", "one id a line; inside root_data_dir, or absolute", kind="beside")
+    obey_exif: bool | None = knob(
+        None, "masks were drawn on photos as EXIF turns them: true; on the stored pixels: false; null: sizes tell"
+    )
     n_train_photos: int | None = knob(None, "use only the first so many train ids, null: all", low=1)
     n_val_photos: int | None = knob(None, "use only the first so many val ids, null: all", low=1)
     hierarchy: str = knob(
@@ -200,7 +203,7 @@ class Config:
 
     @property
     def labels_dir(self) -> Path:
-        return self.data_dir / self.gt_dir
+        return self.data_dir / os.path.expanduser(self.gt_dir)
 
     @property
     def experiment_dir(self) -> Path:
@@ -220,7 +223,8 @@ class Config:
 
     def ids_file(self, split: str) -> Path:
         """The id list of the split "train" or "val"."""
-        return self.data_dir / (self.train_sample_ids_file if split == "train" else self.val_sample_ids_file)
+        name = self.train_sample_ids_file if split == "train" else self.val_sample_ids_file
+        return self.data_dir / os.path.expanduser(name)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

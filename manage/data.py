@@ -9,10 +9,10 @@ import torch
 from configs.config import Config
 from manage.experiment import cores
 from utils.dataset import Draw, EpochBatches, Photos, Sample, find_samples
-from utils.encoding import Encoding, load_encoding
+from utils.encoding import Encoding, check_encoded, load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.images import read_ids
+from utils.ids import read_ids
 from utils.store import Store, free_memory, to_device
 from utils.views import RandomViews
 
@@ -40,13 +40,7 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
     encoding = load_encoding(config.labels_dir, hierarchy)
     ids = {split: read_split(config, split) for split in ("train", "val")}
     for split in splits:
-        unknown = [sample_id for sample_id in ids[split] if sample_id not in encoding.ids]
-        if unknown:
-            raise UserError(
-                f"{config.ids_file(split)}: {len(unknown)} of {len(ids[split])} ids (the first: {unknown[0]}) had no "
-                f"mask when {config.labels_dir} was encoded. Add their masks and encode again: "
-                "python tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the list"
-            )
+        check_encoded(encoding, ids[split], config.ids_file(split), config.obey_exif)
     if config.ids_file("train") != config.ids_file("val"):
         shared = sorted(set(ids["train"]) & set(ids["val"]))
         if shared:

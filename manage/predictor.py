@@ -25,7 +25,6 @@ from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import photo_size, read_photo, scaled_size, upright_rgb
 
-SLIM = 8  # a photo this many times longer than wide is not enlarged: at short_side it could fill the memory
 EXACT = 2**26  # logits of one photo that are kept in float32; more are kept in float16
 
 
@@ -149,12 +148,12 @@ class Predictor:
         return self._predict(self.fed(photo), photo, photo.size, keep_logits)
 
     def predict_file(self, path: str | Path, keep_logits: bool = True) -> Result:
-        """Predicts a photo file, read exactly as evaluate.py reads it, but that a slim photo is never enlarged.
+        """Predicts a photo file, read exactly as evaluate.py reads it.
 
         Raises: UserError for a file that cannot be read.
         """
         size = photo_size(path)
-        return self._predict(read_photo(path, self._short_side(size)), Path(path), size, keep_logits)
+        return self._predict(read_photo(path, self.config.short_side), Path(path), size, keep_logits)
 
     def predict_as_is(self, photo: Image.Image) -> Result:
         """Predicts an RGB photo at the size that it has, whatever the checkpoint's short_side."""
@@ -166,14 +165,9 @@ class Predictor:
 
     def fed(self, photo: Image.Image) -> Image.Image:
         """An upright RGB photo at the size at which the network takes it."""
-        short_side = self._short_side(photo.size)
-        if short_side is None:
+        if self.config.short_side is None:
             return photo
-        return photo.resize(scaled_size(photo.size, short_side), Image.Resampling.BILINEAR)
-
-    def _short_side(self, size: tuple[int, int]) -> int | None:
-        short_side = self.config.short_side
-        return min(short_side, min(size)) if short_side and max(size) > SLIM * min(size) else short_side
+        return photo.resize(scaled_size(photo.size, self.config.short_side), Image.Resampling.BILINEAR)
 
     def _predict(self, fed: Image.Image, source: Image.Image | Path, size: tuple, keep_logits: bool) -> Result:
         image = torch.from_numpy(np.array(fed)).permute(2, 0, 1).to(self.device)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools.make_sample_data import Settings, make_data_set
-from utils.encoding import encode_folder
+from utils.encoder import encode_folder
 from utils.hierarchy import Hierarchy
 
 REPO = Path(__file__).resolve().parents[1]

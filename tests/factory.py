@@ -38,7 +38,7 @@ TINY = {
 
 def make_data(folder: Path, train: int = 8, val: int = 3, seed: int = 0) -> Path:
     """Photos of noise over blocks of labels, and their encoding."""
-    from utils.encoding import encode_folder
+    from utils.encoder import encode_folder
     from utils.hierarchy import Hierarchy
 
     generator = np.random.default_rng(seed)

@@ -1,3 +1,5 @@
+"""Masks -> label maps and encoding.json: what is written, refused, set aside, and left after a kill."""
+
 import json
 import multiprocessing
 import os
@@ -9,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
-import utils.encoding
-import utils.parallel
-from utils.encoding import LOCK, RECORD, STAGING, check_classes, encode_folder, load_encoding
+import utils.cli
+from tests.kill import kill_at
+from utils.encoder import LOCK, RECORD, Wishes, encode_folder
+from utils.encoding import check_encoded, load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import read_labels
@@ -23,6 +27,7 @@ LABELS = {
     "a": np.array([[0, 0, 1, 4], [2, 2, 255, 0]], np.uint8),
     "b": np.array([[3, 5], [7, 9], [0, 0]], np.uint8),  # 7 and 9 are inner nodes
 }
+EXIF = 0x0112
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def folder(tmp_path):
     for name in ("JPEGImages", "gt_masks"):
         (tmp_path / name).mkdir()
     for sample, labels in LABELS.items():
-        Image.new("RGB", labels.shape[::-1]).save(tmp_path / "JPEGImages" / f"{sample}.jpg")
+        write_photo(tmp_path, sample, labels.shape[::-1])
     write_mask(tmp_path, "a", LABELS["a"])
     np.save(tmp_path / "gt_masks" / "b.npy", LABELS["b"].astype(np.int64))
     return tmp_path
@@ -41,12 +46,26 @@ def write_mask(folder, sample, labels):
     Image.fromarray(labels).save(folder / "gt_masks" / f"{sample}.png")
 
 
-def encode(folder, tree):
-    return encode_folder(folder / "gt_masks", folder / "JPEGImages", folder / "hie", tree)
+def write_photo(folder, sample, size, orientation=1):
+    exif = Image.Exif()
+    exif[EXIF] = orientation
+    Image.new("RGB", size).save(folder / "JPEGImages" / f"{sample}.jpg", exif=exif)
+
+
+def encode(folder, tree, **wishes):
+    return encode_folder(folder / "gt_masks", folder / "JPEGImages", folder / "hie", tree, Wishes(**wishes))
+
+
+def encoding_of(folder, tree):
+    return load_encoding(folder / "hie", tree)
 
 
 def state(folder):
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "hie").iterdir()}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
 
 
 def changed_tree(tree, **changes):
@@ -63,12 +82,13 @@ def test_labels_stay_what_they_are_in_the_colours_of_the_tree(folder, tree):
     with Image.open(folder / "hie" / "b.png") as image:
         assert image.mode == "P"
         assert image.convert("RGB").getpixel((0, 1)) == tree.colours[7]
-    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", "b.png", RECORD]
+    assert names(folder / "hie") == ["a.png", "b.png", RECORD]
 
 
 def test_counts_are_those_of_a_plain_loop(folder, tree):
-    encoding, _ = encode(folder, tree)
-    assert encoding.ids == {"a", "b"}
+    encode(folder, tree)
+    encoding = encoding_of(folder, tree)
+    assert set(encoding.ids) == {"a", "b"}
     for v in range(tree.num_nodes):
         below = [u for u in range(tree.num_nodes) if v in tree.paths[u]]
         assert encoding.labelled[v] == sum(int((labels == v).sum()) for labels in LABELS.values())
@@ -79,204 +99,210 @@ def test_counts_are_those_of_a_plain_loop(folder, tree):
 
 
 def test_a_second_run_does_only_what_is_missing_or_changed(folder, tree):
-    assert encode(folder, tree)[1] == 2
+    assert encode(folder, tree) == 2
     before = state(folder)
-    assert encode(folder, tree)[1] == 0
+    assert encode(folder, tree) == 0
     assert state(folder) == before
 
     write_mask(folder, "a", np.zeros((2, 4), np.uint8))
-    encoding, changed = encode(folder, tree)
-    assert changed == 1
-    assert encoding.pixels[tree.names.index("head")] == 0
+    assert encode(folder, tree) == 1
+    assert encoding_of(folder, tree).pixels[tree.names.index("head")] == 0
     assert state(folder)["b.png"] == before["b.png"]
 
+    os.utime(folder / "gt_masks" / "a.png", (1, 1))
     (folder / "hie" / "b.png").unlink()
-    assert encode(folder, tree)[1] == 1
+    assert encode(folder, tree) == 1
     assert (read_labels(folder / "hie" / "b.png") == LABELS["b"]).all()
 
-
-def test_a_mask_that_was_only_touched_is_not_encoded_again(folder, tree):
-    encode(folder, tree)
-    os.utime(folder / "gt_masks" / "a.png", (1, 1))
-    assert encode(folder, tree)[1] == 0
+    nodes = tree.to_dict()["nodes"]
+    nodes[1]["colour"] = [1, 2, 3]
+    assert encode(folder, changed_tree(tree, nodes=nodes)) == 2
 
 
-def test_a_mask_that_is_gone_goes_from_the_encoding(folder, tree):
-    encode(folder, tree)
-    (folder / "gt_masks" / "a.png").unlink()
-    assert encode(folder, tree)[0].ids == {"b"}
-    assert not (folder / "hie" / "a.png").exists()
-
-
-@pytest.mark.parametrize("changes", [{"name": "other"}, {"ignore_index": 254}])
-def test_a_mask_that_is_gone_goes_from_the_encoding_of_another_tree(folder, tree, changes):
+@pytest.mark.parametrize("changes", [{}, {"name": "other"}, {"ignore_index": 254}])
+def test_a_mask_that_is_gone_goes_from_the_encoding_of_any_tree(folder, tree, changes):
     encode(folder, tree)
     (folder / "gt_masks" / "a.png").unlink()
-    assert encode(folder, changed_tree(tree, **changes))[0].ids == {"b"}
-    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["b.png", RECORD]
-    assert not (folder / "hie.old1").exists(), "nothing of unknown origin"
+    encode(folder, changed_tree(tree, **changes))
+    assert set(encoding_of(folder, changed_tree(tree, **changes)).ids) == {"b"}
+    assert names(folder / "hie") == ["b.png", RECORD]
+    assert not list(folder.glob("hie.old*")), "nothing of unknown origin"
 
 
-def test_pngs_that_no_run_lists_are_moved_aside_whole(folder, tree, capsys):
+def test_pngs_that_no_run_lists_are_set_aside_whole(folder, tree, capsys):
     """One with the id of a mask, which would be overwritten, and one without."""
     encode(folder, tree)
     write_mask(folder, "c", LABELS["a"])
-    shutil.copy(folder / "JPEGImages" / "a.jpg", folder / "JPEGImages" / "c.jpg")
+    write_photo(folder, "c", (4, 2))
     for name in ("c.png", "legend.png"):
         (folder / "hie" / name).write_bytes(b"mine")
-    (folder / "hie.old1").mkdir()
-    assert encode(folder, tree)[1] == 1
-    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", "b.png", "c.png", RECORD]
+    assert encode(folder, tree) == 1
+    assert names(folder / "hie") == ["a.png", "b.png", "c.png", RECORD]
     assert (read_labels(folder / "hie" / "c.png") == LABELS["a"]).all()
-    for name in ("c.png", "legend.png"):
-        assert (folder / "hie.old2" / name).read_bytes() == b"mine"
+    (aside,) = folder.glob("hie.old*")
+    assert [(aside / name).read_bytes() for name in names(aside)] == [b"mine", b"mine"]
     assert f"2 PNGs that its {RECORD} does not list" in capsys.readouterr().err
-    assert encode(folder, tree)[1] == 0
+    assert encode(folder, tree) == 0
     assert "does not list" not in capsys.readouterr().err
-
-
-def test_other_colours_colour_every_file_again(folder, tree):
-    encode(folder, tree)
-    nodes = tree.to_dict()["nodes"]
-    nodes[1]["colour"] = [1, 2, 3]
-    assert encode(folder, changed_tree(tree, nodes=nodes))[1] == 2
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
 
 
-def test_an_unknown_label_is_named_with_its_place(folder, tree):
-    write_mask(folder, "a", np.array([[0, 0, 0, 0], [0, 0, 10, 10]], np.uint8))
-    with pytest.raises(UserError, match=r"a\.png: label 10 at row 1, column 2 \(2 pixels\)"):
-        encode(folder, tree)
-
-
-def test_all_faulty_files_are_listed_and_nothing_is_written(folder, tree):
-    write_mask(folder, "a", np.zeros((4, 4), np.uint8))
+def test_all_faulty_files_are_listed_and_the_rest_is_kept_for_the_next_run(folder, tree):
     np.save(folder / "gt_masks" / "b.npy", LABELS["b"] * 0.5)
     write_mask(folder, "c", np.zeros((4, 4), np.uint8))
+    write_mask(folder, "d", np.zeros((4, 4), np.uint8))
+    write_photo(folder, "d", (4, 2))
+    np.save(folder / "gt_masks" / "a.npy", LABELS["a"])
     with pytest.raises(UserError) as error:
         encode(folder, tree)
-    message = str(error.value)
-    assert message.startswith("3 of 3 masks")
-    assert "a.png: is 4x4 (width x height), its photo a.jpg is 4x2" in message
-    assert "b.npy holds float64" in message
-    assert "no file for id 'c'" in message
-    assert not (folder / "hie").exists()
+    assert not (folder / "hie").exists(), "nothing came of it"
+    for part in (
+        "4 of 4 masks",
+        "two masks of 'a'",
+        "b.npy holds float64",
+        "no file for id 'c'",
+        "is 4x4 (width x height), its photo d.jpg is 4x2",
+        "--skip-faulty",
+    ):
+        assert part in str(error.value)
+    (folder / "gt_masks" / "a.npy").unlink()
+    with pytest.raises(UserError, match="3 of 4 masks"):
+        encode(folder, tree)
+    kept = state(folder)["a.png"]
+    with pytest.raises(UserError, match="did not come to its end"):
+        encoding_of(folder, tree)
+    assert encode(folder, tree, ids=["a"]) == 0
+    assert state(folder)["a.png"] == kept
 
 
-def test_a_fault_leaves_an_earlier_encoding_whole(folder, tree):
+def test_only_what_the_lists_name_must_be_whole(folder, tree, capsys):
+    write_mask(folder, "lonely", LABELS["a"])
+    (folder / "gt_masks" / "torn.png").write_bytes(b"no picture")
+    write_photo(folder, "torn", (4, 2))
+    assert encode(folder, tree, ids=["a", "b"]) == 2
+    assert "note: 2 masks were left out (the first: lonely" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"2 of 3 masks [^\n]*\n.*'nothing' has no mask\n.*torn\.png cannot be read"):
+        encode(folder, tree, ids=["a", "torn", "nothing"])
+    assert encode(folder, tree, ids=["a", "torn"], skip_faulty=True) == 0
+    encoding = encoding_of(folder, tree)
+    check_encoded(encoding, ["a", "b"], Path("train_id.txt"))
+    with pytest.raises(UserError, match=r"train_id\.txt: 1 of 2 ids .*the first: torn; .*cannot be read"):
+        check_encoded(encoding, ["a", "torn"], Path("train_id.txt"))
+
+
+@pytest.mark.parametrize("fault", ["mask", "photo"])
+def test_what_is_spoilt_after_encoding_is_named(folder, tree, fault):
     encode(folder, tree)
-    before = state(folder)
-    write_mask(folder, "a", np.full((2, 4), 77, np.uint8))
-    with pytest.raises(UserError, match="label 77"):
+    if fault == "mask":
+        write_mask(folder, "a", np.full((2, 4), 77, np.uint8))
+    else:
+        write_photo(folder, "a", (9, 9))
+    with pytest.raises(UserError, match={"mask": "label 77 at row 0, column 0", "photo": "a.jpg is 9x9"}[fault]):
         encode(folder, tree)
-    assert state(folder) == before
 
 
-def test_a_photo_replaced_by_one_of_another_size_is_noticed(folder, tree):
+# ---- EXIF --------------------------------------------------------------------------------------------------
+
+UPRIGHT = np.array([[1, 0, 0, 2], [0, 3, 0, 4]], np.uint8)
+CAMERA = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transposition that stores an upright picture so
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_mask_of_the_stored_pixels_is_turned_with_its_photo(folder, tree, orientation):
+    stored = np.asarray(Image.fromarray(UPRIGHT).transpose(CAMERA[orientation]))
+    write_photo(folder, "a", stored.shape[::-1], orientation)
+    for mask, obey in ((UPRIGHT, True), (stored, False)):
+        write_mask(folder, "a", mask)
+        encode(folder, tree, obey_exif=obey)
+        assert (read_labels(folder / "hie" / "a.png") == UPRIGHT).all()
+        if orientation < 5:
+            with pytest.raises(UserError, match=rf"photos of 1 masks \(the first: a, EXIF orientation {orientation}"):
+                encode(folder, tree)
+        else:  # on its side: the size of the mask tells
+            encode(folder, tree)
+            assert (read_labels(folder / "hie" / "a.png") == UPRIGHT).all()
+            with pytest.raises(UserError, match=f"EXIF orientation {orientation} says"):
+                encode(folder, tree, obey_exif=not obey)
+        encode(folder, tree, obey_exif=obey)
+    with pytest.raises(UserError, match="key 'obey_exif': is True, the masks were encoded with False"):
+        check_encoded(encoding_of(folder, tree), ["a"], Path("ids"), obey_exif=True)
+
+
+def test_photos_that_were_turned_since_are_noticed(folder, tree):
+    write_mask(folder, "a", UPRIGHT)
     encode(folder, tree)
-    Image.new("RGB", (9, 9)).save(folder / "JPEGImages" / "a.jpg")
-    with pytest.raises(UserError, match="is 9x9"):
+    write_photo(folder, "a", (4, 2), orientation=3)
+    with pytest.raises(UserError, match="EXIF orientation 3"):
         encode(folder, tree)
-
-
-def test_two_masks_of_one_photo_are_refused(folder, tree):
-    write_mask(folder, "b", LABELS["b"])
-    with pytest.raises(UserError, match=r"two masks of 'b'"):
-        encode(folder, tree)
-
-
-def test_the_standard_order_of_parts_is_refused(tree):
-    standard = dict(enumerate(["background", "head", "torso", "up_hand", "low_hand", "up_leg", "low_leg"]))
-    with pytest.raises(UserError, match="1 is 'head', in the tree 'low_hand'"):
-        check_classes(standard, tree, "classes.txt")
-    fitting = {leaf: tree.names[leaf] for leaf in tree.leaves}
-    check_classes(fitting | {255: "void"}, tree, "classes.txt")
-    with pytest.raises(UserError, match=r"6 \('up_hand'\) is missing"):
-        check_classes({v: name for v, name in fitting.items() if v != 6}, tree, "classes.txt")
 
 
 # ---- killed, or two at a time ------------------------------------------------------------------------------
 
 
-def encode_and_die(folder: Path, tree: dict, point: str) -> None:
-    """Encodes in a process of its own, which kills itself at a point."""
-
-    def die(*_) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def write_half(path, *_) -> None:
-        path.write_bytes(b"half")
-        die()
-
-    module = utils.encoding
-    if point == "while a mask is encoded":
-        module.write_indexed = write_half
-    elif point == "before the first file is moved":
-        module.os.replace = lambda source, target: (
-            die() if Path(target).parent.name == "hie" else os.rename(source, target)
-        )
-    elif point == "before the record is moved":
-        module.os.replace = lambda source, target: die() if Path(target).name == RECORD else os.rename(source, target)
+def encode_and_die(folder: Path, tree: dict, event: str, pattern: str) -> None:
+    kill_at(event, pattern)
     encode(folder, Hierarchy.from_dict(tree))
 
 
 @pytest.fixture
 def kill(folder, tree):
-    """Encodes in another process that is killed at a point."""
+    """Encodes in another process, which is killed at an audit event."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
 
-    def run(point: str) -> None:
-        process = context.Process(target=encode_and_die, args=(folder, tree.to_dict(), point))
+    def run(event: str, pattern: str) -> None:
+        process = context.Process(target=encode_and_die, args=(folder, tree.to_dict(), event, pattern))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
-        assert (folder / "hie" / STAGING / LOCK).is_file(), "something is left behind"
 
     return run
 
 
-PUBLISHING = ["before the first file is moved", "before the record is moved"]
+KILLS = [
+    (True, "open", "*.a.png.*"),
+    (True, "os.rename", "*/b.png"),
+    (False, "open", "*.a.png.*"),
+    (False, "os.rename", "*/b.png"),
+    (False, "os.remove", "*/c.png"),
+]
 
 
-@pytest.mark.parametrize("point", ["while a mask is encoded", *PUBLISHING])
-def test_a_killed_encoder_is_never_taken_as_finished_and_the_next_run_clears_its_remains(folder, tree, kill, point):
-    kill(point)
-    with pytest.raises(UserError, match="not encoded yet"):
-        load_encoding(folder / "hie", tree)
-    assert encode(folder, tree)[1] == 2
-    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", "b.png", RECORD]
-    for sample, labels in LABELS.items():
-        assert (read_labels(folder / "hie" / f"{sample}.png") == labels).all()
-
-
-@pytest.mark.parametrize("point", ["while a mask is encoded", *PUBLISHING])
-def test_killed_over_an_earlier_encoding_the_earlier_one_or_none_is_there(folder, tree, kill, point):
+@pytest.mark.slow
+@pytest.mark.parametrize(("is_first", "event", "pattern"), KILLS)
+def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(
+    folder, tree, kill, is_first, event, pattern
+):
+    if not is_first:
+        write_mask(folder, "c", LABELS["a"])
+        write_photo(folder, "c", (4, 2))
+        encode(folder, tree)
+        (folder / "gt_masks" / "c.png").unlink()
+        write_mask(folder, "a", np.zeros((2, 4), np.uint8))
+        np.save(folder / "gt_masks" / "b.npy", LABELS["b"][::-1])
+    kill(event, pattern)
+    with pytest.raises(UserError, match="did not come to its end"):
+        encoding_of(folder, tree)
+    done = {name: content for name, content in state(folder).items() if name in ("a.png", "b.png")}
     encode(folder, tree)
-    before = state(folder)
-    write_mask(folder, "a", np.zeros((2, 4), np.uint8))
-    kill(point)
-    if point in PUBLISHING:
-        with pytest.raises(UserError, match="not encoded yet"):
-            load_encoding(folder / "hie", tree)
-    else:
-        assert {name: (folder / "hie" / name).read_bytes() for name in before} == {k: v for k, (_, v) in before.items()}
-    encoding, _ = encode(folder, tree)
-    assert encoding.ignored == 0, "the new mask has no void pixel"
-    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", "b.png", RECORD]
+    assert set(encoding_of(folder, tree).ids) == {"a", "b"}
+    assert names(folder / "hie") == ["a.png", "b.png", RECORD]
+    assert not list(folder.glob("hie/.*.part")), "the remains of the killed one"
+    assert not list(folder.glob("hie.old*")), "what it wrote is known"
+    for sample in LABELS:
+        mask = folder / "gt_masks" / (f"{sample}.png" if sample == "a" else f"{sample}.npy")
+        assert (read_labels(folder / "hie" / f"{sample}.png") == read_labels(mask)).all()
+    if event == "os.remove":
+        assert done == {name: content for name, content in state(folder).items() if name in done}, "not written again"
 
 
-@pytest.mark.parametrize("point", PUBLISHING)
-def test_a_mask_that_went_after_a_killed_publish_leaves_no_label_map(folder, tree, kill, point):
-    encode(folder, tree)
-    write_mask(folder, "a", np.zeros((2, 4), np.uint8))
-    kill(point)
-    (folder / "gt_masks" / "b.npy").unlink()
-    assert encode(folder, tree)[0].ids == {"a"}
-    assert sorted(path.name for path in (folder / "hie").iterdir()) == ["a.png", RECORD]
-    assert (read_labels(folder / "hie.old1" / "b.png") == LABELS["b"]).all(), "kept: its origin is not known"
+def test_a_second_encoder_is_refused_while_the_first_is_at_work(folder, tree):
+    (folder / "hie").mkdir()
+    with FileLock(folder / "hie" / LOCK), pytest.raises(UserError, match="is being written by another process"):
+        encode(folder, tree)
+    assert encode(folder, tree) == 2
 
 
 def die_at_seven(item: int) -> int:
@@ -285,64 +311,65 @@ def die_at_seven(item: int) -> int:
     return item
 
 
-def test_a_killed_worker_ends_the_work_with_a_message(monkeypatch):
-    monkeypatch.setattr(utils.parallel, "_available_cores", lambda: 2)
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_work_with_a_message():
     with pytest.raises(UserError, match="encoding: a worker process was killed"):
-        utils.parallel.map_with_progress(die_at_seven, range(100), "encoding")
-
-
-def test_a_folder_of_someone_else_is_not_cleared(folder, tree):
-    mine = folder / "hie" / STAGING / "notes.txt"
-    mine.parent.mkdir(parents=True)
-    mine.touch()
-    with pytest.raises(UserError, match="is in the way"):
-        encode(folder, tree)
-    assert mine.is_file()
-
-
-def test_a_second_encoder_is_refused_while_the_first_is_at_work(folder, tree):
-    lock = folder / "hie" / STAGING / LOCK
-    lock.parent.mkdir(parents=True)
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
-        owner.stdout.readline()
-        half = lock.with_name("a.png")
-        half.write_bytes(b"of the first")
-        with pytest.raises(UserError, match="is being written by another process"):
-            encode(folder, tree)
-        assert half.is_file()
-        owner.communicate(b"\n")
-    assert encode(folder, tree)[1] == 2
+        utils.cli.map_files(die_at_seven, range(100), "encoding", workers=2)
 
 
 # ---- what training asks ------------------------------------------------------------------------------------
 
 
+def test_masks_that_changed_or_went_after_encoding_are_named_and_touched_ones_let_pass(folder, tree):
+    encode(folder, tree)
+    encoding, mask = encoding_of(folder, tree), folder / "gt_masks" / "a.png"
+    os.utime(mask, (1, 1))
+    check_encoded(encoding, ["a", "b"], Path("ids"))
+
+    def refused(words):
+        with pytest.raises(UserError, match=rf"1 masks in .*the first: that of a {words}.*dataset_hie_enc"):
+            check_encoded(encoding, ["b", "a"], Path("ids"))
+
+    data = bytearray(mask.read_bytes())
+    data[-20] ^= 1
+    mask.write_bytes(data)  # of the same size
+    refused("has changed")
+    write_mask(folder, "a", np.zeros((20, 40), np.uint8))
+    refused("has changed")
+    mask.unlink()
+    refused("is gone")
+    check_encoded(encoding, ["b"], Path("ids"))
+    shutil.rmtree(folder / "gt_masks")  # label maps were sent on alone
+    check_encoded(encoding, ["a", "b"], Path("ids"))
+
+
 def test_an_encoding_of_another_tree_is_refused(folder, tree):
     encode(folder, tree)
-    load_encoding(folder / "hie", tree)
     cityscapes = Hierarchy.load(REPO / "configs" / "hierarchies" / "cityscapes.json")
-    with pytest.raises(UserError, match="'pascal_part', this experiment uses"):
-        load_encoding(folder / "hie", cityscapes)
-    with pytest.raises(UserError, match="ignore_index"):
-        load_encoding(folder / "hie", changed_tree(tree, ignore_index=200))
     nodes = tree.to_dict()["nodes"]
     nodes[1]["parent"] = 9
-    with pytest.raises(UserError, match="changed since"):
-        load_encoding(folder / "hie", changed_tree(tree, nodes=nodes))
+    for other, words in (
+        (cityscapes, "'pascal_part', this experiment uses"),
+        (changed_tree(tree, ignore_index=200), "ignore_index"),
+        (changed_tree(tree, nodes=nodes), "changed since"),
+    ):
+        with pytest.raises(UserError, match=words):
+            encoding_of(folder, other)
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "list", "no nodes"])
+@pytest.mark.parametrize("damage", ["absent", "cut", "[]", "no nodes", "no files", "format 1"])
 def test_a_missing_or_damaged_encoding_says_what_to_run(folder, tree, damage):
     encode(folder, tree)
     path = folder / "hie" / RECORD
     text = path.read_text()
     path.unlink()
     if damage != "absent":
-        no_nodes = json.dumps(json.loads(text) | {"nodes": {}})
-        path.write_text({"cut": text[:200], "list": "[]", "no nodes": no_nodes}[damage])
-    with pytest.raises(UserError, match=r"encoding\.json.*dataset_hie_enc\.py"):
-        load_encoding(folder / "hie", tree)
+        spoilt = {"no nodes": {"nodes": {}}, "no files": {"files": {"a": 3}}, "format 1": {"format": 1}}.get(damage, {})
+        path.write_text({"cut": text[:200], "[]": "[]"}.get(damage, json.dumps(json.loads(text) | spoilt)))
+    with pytest.raises(UserError, match=r"encoding\.json"):
+        encoding_of(folder, tree)
+    encode(folder, tree)
+    encoding_of(folder, tree)
 
 
 # ---- the tool ----------------------------------------------------------------------------------------------
@@ -353,13 +380,19 @@ def run_tool(cwd, *arguments):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-def test_the_tool_works_from_any_folder_and_asks_what_labels_mean(folder):
-    result = run_tool(folder, "--gtdatadir", "gt_masks", "--save_dir", "hie")
+@pytest.mark.slow
+def test_the_tool_works_from_any_folder_asks_what_values_mean_and_draws_a_split(folder, tree):
+    arguments = ["--gtdatadir", "gt_masks", "--save_dir", "hie", "--split", "0.5"]
+    result = run_tool(folder, *arguments)
     assert (result.returncode, result.stderr.count("error:")) == (2, 1)
     assert "--assume-order" in result.stderr
-    result = run_tool(folder, "--gtdatadir", "gt_masks", "--save_dir", "hie", "--assume-order")
+    result = run_tool(folder, *arguments, "--assume-order")
     assert result.returncode == 0, result.stderr
     assert "2 masks, 2 of them new" in result.stdout
+    lists = {name: (folder / f"{name}_id.txt").read_text() for name in ("train", "val")}
+    assert sorted(lists.values()) == ["a\n", "b\n"]
+    assert run_tool(folder, *arguments, "--assume-order", "--seed", "5").returncode == 0
+    assert lists == {name: (folder / f"{name}_id.txt").read_text() for name in ("train", "val")}, "kept"
 
 
 def test_the_real_masks_agree_with_the_tree_and_their_class_list(pascal_part_root, tree, tmp_path):
@@ -368,5 +401,5 @@ def test_the_real_masks_agree_with_the_tree_and_their_class_list(pascal_part_roo
     masks = sorted((pascal_part_root / "gt_masks").iterdir())[::300]
     for mask in masks:
         (tmp_path / "gt_masks" / mask.name).write_bytes(mask.read_bytes())
-    encoding, _ = encode_folder(tmp_path / "gt_masks", pascal_part_root / "JPEGImages", tmp_path / "hie", tree)
-    assert encoding.photos[tree.names.index("body")] == len(masks)
+    encode_folder(tmp_path / "gt_masks", pascal_part_root / "JPEGImages", tmp_path / "hie", tree)
+    assert load_encoding(tmp_path / "hie", tree).photos[tree.names.index("body")] == len(masks)

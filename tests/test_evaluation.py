@@ -17,7 +17,8 @@ from tests.test_predict import SLIM, write_checkpoint
 from utils import visualize
 from utils.errors import UserError
 from utils.files import read_json, write_whole
-from utils.images import read_ids, read_labels, read_photo
+from utils.ids import read_ids
+from utils.images import read_labels, read_photo
 from utils.metrics import LevelScores
 
 

@@ -35,10 +35,11 @@ from tests.factory import TREE, make_data, write_config
 from tests.preloaded import SlimEncoder
 from utils.dataset import Files, Photos, find_samples
 from utils.decode import DECODERS
-from utils.encoding import encode_folder, load_encoding
+from utils.encoder import encode_folder
+from utils.encoding import load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.images import read_ids
+from utils.ids import read_ids
 from utils.losses import build_criterion
 from utils.metrics import LevelScores
 from utils.schedules import lr_factor

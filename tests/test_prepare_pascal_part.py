@@ -11,7 +11,8 @@ from PIL import Image
 
 from tools import prepare_pascal_part as tool
 from utils.errors import UserError
-from utils.images import read_ids, read_labels
+from utils.ids import read_ids
+from utils.images import read_labels
 from utils.pascal_part import CLASS_OF_PART, read_classes
 
 WIDTH, HEIGHT = 12, 9

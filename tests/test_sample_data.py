@@ -6,7 +6,8 @@ from PIL import Image
 
 from tools.make_sample_data import CLASSES, Settings, draw_sample, make_data_set, sample_id
 from utils.errors import UserError
-from utils.images import read_ids, read_labels, read_photo
+from utils.ids import read_ids
+from utils.images import read_labels, read_photo
 from utils.pascal_part import read_classes
 
 

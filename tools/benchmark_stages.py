@@ -36,11 +36,12 @@ from tools.make_sample_data import Settings, make_data_set
 from utils import visualize
 from utils.dataset import Draw, Sample, find_samples
 from utils.decode import DECODERS
-from utils.encoding import encode_folder, find_masks
+from utils.encoder import encode_folder
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
-from utils.images import read_ids, read_labels, write_indexed
+from utils.ids import files_below, read_ids
+from utils.images import MASK_SUFFIXES, read_labels, write_indexed
 from utils.losses import LOSSES
 from utils.metrics import LevelScores
 
@@ -140,7 +141,7 @@ def config_for(setting: Setting, name: str, **keys) -> Config:
 def encode_stage(setting: Setting) -> Iterator[Contest]:
     """One core: so few masks that no worker processes are started."""
     h, data, out = setting.hierarchy, setting.folder / "data", setting.folder / "encoded"
-    masks = find_masks(data / "gt_masks")[:40]
+    masks = files_below(data / "gt_masks", MASK_SUFFIXES)[:40]
     few = setting.folder / "few_masks"
     few.mkdir(exist_ok=True)
     for path in masks:

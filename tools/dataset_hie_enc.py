@@ -1,11 +1,12 @@
-"""Checks the masks of a data set against the tree and encodes them for training.
+"""Checks the masks of a data set against the tree and its photos, and encodes them for training.
 
-    python tools/dataset_hie_enc.py
     python tools/dataset_hie_enc.py --cfg configs/quickstart.json
-    python tools/dataset_hie_enc.py --gtdatadir data/mine/gt_masks --save_dir data/mine/gt_masks_hie
+    python tools/dataset_hie_enc.py --gtdatadir data/mine/gt_masks --split 0.1
+    python tools/dataset_hie_enc.py --cfg configs/city.json --gtdatadir data/cityscapes/gtFine \\
+        --classes configs/hierarchies/cityscapes_classes.txt --split folders
 
-Reads <id>.png and <id>.npy; writes <id>.png (one byte a pixel, in the tree's colours) and encoding.json. A second
-run does only what is missing or changed.
+Reads grey, indexed and colour-coded PNGs and .npy, in folders below folders, too; writes <id>.png (one byte a pixel,
+in the tree's colours) and encoding.json. A second run does only what is missing or changed.
 """
 
 import argparse
@@ -14,41 +15,52 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.config import load_config
+from configs.config import Config, load_config
+from utils.classes import read_classes, warnings_of
 from utils.cli import run_main
-from utils.encoding import check_classes, encode_folder
+from utils.encoder import Wishes, encode_folder
 from utils.errors import UserError
+from utils.files import write_whole
+from utils.ids import draw_split, read_ids
 
-MASKS = "gt_masks"
-CLASSES = "classes.txt"
+MASKS, CLASSES = "gt_masks", "classes.txt"
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments() -> tuple[argparse.Namespace, Config]:
     """The command line, with the places that it leaves open taken from the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", metavar="F", help="config that says where the data is (default: that of config.py)")
-    parser.add_argument("--gtdatadir", type=Path, metavar="D", help=f"masks (default: {MASKS} in the data folder)")
-    parser.add_argument("--save_dir", type=Path, metavar="D", help="encoded masks (default: gt_dir of the config)")
-    parser.add_argument("--imgdir", type=Path, metavar="D", help="photos (default: img_dir of the config)")
-    parser.add_argument("--hierarchy", type=Path, metavar="F", help="tree file (default: that of the config)")
-    parser.add_argument(
-        "--classes", type=Path, metavar="F", help=f"'id: name' a line (default: {CLASSES} by the masks)"
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="config keys, such as obey_exif=true")
+    add("--cfg", metavar="F", help="config that says where the data is (default: that of config.py)")
+    add("--gtdatadir", type=Path, metavar="D", help=f"masks (default: {MASKS} in the data folder)")
+    add("--save_dir", type=Path, metavar="D", help="encoded masks (default: gt_dir of the config)")
+    add("--imgdir", type=Path, metavar="D", help="photos (default: img_dir of the config)")
+    add("--hierarchy", type=Path, metavar="F", help="tree file (default: that of the config)")
+    add("--classes", type=Path, metavar="F", help=f"what the values mean (default: {CLASSES} by the masks)")
+    add("--assume-order", action="store_true", help="there is no list of classes; the values are the tree's ids")
+    add("--by", choices=("auto", "index", "colour"), default="auto", help="what counts in an indexed PNG")
+    add("--ending", default="", metavar="E", help="what follows the id in a mask's name, such as _gtFine_labelTrainIds")
+    add("--skip-faulty", action="store_true", help="leave out what cannot be encoded, even if a list names it")
+    add(
+        "--split",
+        type=a_split,
+        metavar="S",
+        help="write id lists where there are none: a share of val, such as 0.1, or 'folders'",
     )
-    parser.add_argument(
-        "--assume-order", action="store_true", help="there is no list of classes; the labels are the tree's ids"
-    )
+    add("--seed", type=int, default=0, help="of a drawn split (default 0)")
     args = parser.parse_args()
-    config = load_config(args.cfg)
-    data_dir = args.gtdatadir.resolve().parent if args.gtdatadir else config.data_dir
-    args.gtdatadir = args.gtdatadir or data_dir / MASKS
-    args.save_dir = args.save_dir or data_dir / config.gt_dir
-    args.imgdir = args.imgdir or data_dir / config.img_dir
+    config = load_config(args.cfg, args.overrides)
+    if args.gtdatadir and not args.cfg:
+        config.root_data_dir = str(args.gtdatadir.resolve().parent)
+    args.gtdatadir = args.gtdatadir or config.data_dir / MASKS
+    args.save_dir = args.save_dir or config.labels_dir
+    args.imgdir = args.imgdir or config.images_dir
     args.hierarchy = args.hierarchy or config.hierarchy_file
-    return args
+    return args, config
 
 
 def find_classes(args: argparse.Namespace) -> Path | None:
-    """The list that says what the labels mean, or None where the user vouches for them.
+    """The list that says what the values mean, or None where the user vouches for them.
 
     Raises: UserError where there is neither.
     """
@@ -56,36 +68,72 @@ def find_classes(args: argparse.Namespace) -> Path | None:
     found = next((place for place in places if place.is_file()), None)
     if found is None and (args.classes or not args.assume_order):
         raise UserError(
-            f"nothing says what the labels of {args.gtdatadir} mean: {places[-1]} does not exist. Write one line "
-            "'id: name' for each label; or, if you are sure that they are the tree's ids, give --assume-order"
+            f"nothing says what the values in {args.gtdatadir} mean: {places[-1]} does not exist. Write one line "
+            "'name: value' for each class; or, if you are sure that they are the tree's ids, give --assume-order"
         )
     return found
 
 
+def read_lists(config: Config, split: str | None) -> set[str] | None:
+    """The ids of both lists, None where there are none. Raises: UserError where --split finds one of them alone."""
+    there = [path for path in (config.ids_file("train"), config.ids_file("val")) if path.is_file()]
+    if len(there) == 1 and split:
+        raise UserError(f"{there[0]} is there without the other list; give both, or none for --split")
+    return {sample_id for path in there for sample_id in read_ids(path)} if there else None
+
+
+def write_lists(config: Config, split: str, seed: int, sources: dict[str, str]) -> None:
+    """The lists of a drawn split, or of the folders train/ and val/ that the masks lie in."""
+    if split == "folders":
+        parts = {part: [i for i, path in sources.items() if path.split("/")[0] == part] for part in ("train", "val")}
+        if not all(parts.values()):
+            raise UserError("--split folders: the masks do not lie in folders train and val; give a share, such as 0.1")
+    else:
+        parts = draw_split(sources, float(split), seed)
+    for part, ids in parts.items():
+        write_whole("".join(f"{sample_id}\n" for sample_id in ids), config.ids_file(part))
+        print(f"{config.ids_file(part)}: {len(ids)} ids")
+
+
+def a_split(text: str) -> str:
+    """The value of --split: a share between 0 and 1, or "folders"."""
+    if text != "folders" and not 0 < float(text) < 1:
+        raise ValueError(text)
+    return text
+
+
 def main() -> None:
     """Checks, encodes and says what there is."""
-    args = read_arguments()
+    args, config = read_arguments()
     # Imported here and not above: worker processes import this file, and would wait seconds for torch.
+    from utils.encoding import load_encoding
     from utils.hierarchy import Hierarchy
-    from utils.pascal_part import read_classes
 
-    if args.save_dir.resolve() in (args.gtdatadir.resolve(), args.imgdir.resolve()):
-        raise UserError(f"--save_dir {args.save_dir} is where the masks or photos are; choose another folder")
-    hierarchy = Hierarchy.load(args.hierarchy)
     if not args.gtdatadir.is_dir():
         raise UserError(
             f"the folder of masks {args.gtdatadir} does not exist. Give it with --gtdatadir or --cfg, or draw "
             "sample data: python tools/make_sample_data.py"
         )
-    if classes := find_classes(args):
-        check_classes(read_classes(classes, hierarchy.names), hierarchy, classes)
-    encoding, changed = encode_folder(args.gtdatadir, args.imgdir, args.save_dir, hierarchy)
+    save_dir = args.save_dir.resolve()
+    if {args.gtdatadir.resolve(), args.imgdir.resolve()} & {save_dir, *save_dir.parents}:
+        raise UserError(f"--save_dir {args.save_dir} is where the masks or photos are; choose another folder")
+    hierarchy = Hierarchy.load(args.hierarchy)
+    path = find_classes(args)
+    classes = read_classes(path, hierarchy.names) if path else None
+    for warning in warnings_of(hierarchy, classes):
+        print(f"warning: {warning}", file=sys.stderr)
+    ids = read_lists(config, args.split)
+    wishes = Wishes(classes, args.by, args.ending, config.obey_exif, ids, args.skip_faulty)
+    changed = encode_folder(args.gtdatadir, args.imgdir, args.save_dir, hierarchy, wishes)
+    encoding = load_encoding(args.save_dir, hierarchy)
 
     total = max(sum(encoding.labelled) + encoding.ignored, 1)
     print(f"{'node':<24}{'% of pixels':>12}{'photos':>9}")
     for name, pixels, photos in zip(hierarchy.names, encoding.pixels, encoding.photos, strict=True):
         print(f"{name:<24}{100 * pixels / total:>12.2f}{photos:>9}")
     print(f"{args.save_dir}: {len(encoding.ids)} masks, {changed} of them new or changed")
+    if ids is None and args.split:
+        write_lists(config, args.split, args.seed, {i: record["source"] for i, record in encoding.files.items()})
 
 
 if __name__ == "__main__":

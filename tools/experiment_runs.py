@@ -12,7 +12,7 @@ from configs.config import REPOSITORY, RESUMABLE_CHANGES, TYPES, Config, load_co
 from manage.comparison import Experiment, load_experiment
 from utils.errors import UserError
 from utils.files import read_json, write_whole
-from utils.images import read_ids
+from utils.ids import read_ids
 
 EXPECTED = {
     "name": "at most 41 letters, digits, '.', '_' and '-'",

@@ -22,9 +22,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from utils.cli import run_main
+from utils.cli import map_files, run_main
 from utils.errors import UserError
-from utils.parallel import map_with_progress
 
 REPO = Path(__file__).resolve().parents[1]
 DRAWING_VERSION = 3  # raise it when the same seed gives other pictures
@@ -464,7 +463,7 @@ def make_data_set(settings: Settings, out: Path) -> bool:
             (out / folder).mkdir(parents=True, exist_ok=True)
         _write_record(settings, out, complete=False)
         count = settings.train + settings.val
-        map_with_progress(partial(_write_sample, settings=settings, out=out), range(count), "drawing")
+        map_files(partial(_write_sample, settings=settings, out=out), range(count), "drawing")
         ids = [sample_id(index) for index in range(count)]
         (out / "train_id.txt").write_text("\n".join(ids[: settings.train]) + "\n")
         (out / "val_id.txt").write_text("\n".join(ids[settings.train :]) + "\n")

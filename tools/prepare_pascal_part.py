@@ -27,19 +27,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.cli import run_main
+from utils.cli import map_files, run_main
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.images import (
-    PHOTO_SUFFIXES,
-    find_file,
-    id_fault,
-    read_ids,
-    read_labels,
-    read_photo,
-    write_indexed,
-)
-from utils.parallel import map_with_progress
+from utils.ids import id_fault, read_ids
+from utils.images import PHOTO_SUFFIXES, read_labels, read_photo, write_indexed
 from utils.pascal_part import (
     FORMATS,
     MASK_FOLDERS,
@@ -81,7 +73,7 @@ def prepare(args: argparse.Namespace, h: Hierarchy) -> int:
 
     files = source.files()
     work = partial(convert, source=source, out=args.out, h=h, copy=args.copy)
-    outcomes = map_with_progress(work, list(files.items()), "prepare", args.workers)
+    outcomes = map_files(work, list(files.items()), "prepare", args.workers)
     good = [outcome.sample_id for outcome in outcomes if outcome.counts is not None]
     problems = {outcome.sample_id: outcome.problem for outcome in outcomes if outcome.problem}
     left_out = {outcome.sample_id: outcome.left_out for outcome in outcomes if outcome.left_out}
@@ -151,6 +143,14 @@ def check_size(photo: tuple[int, int], labels: np.ndarray) -> None:
     height, width = labels.shape
     if photo != (width, height):
         raise UserError(f"the photo is {photo[0]}x{photo[1]} but its mask {width}x{height}; they must be equal")
+
+
+def find_file(folder: Path, sample_id: str, suffixes: tuple[str, ...]) -> Path:
+    for suffix in suffixes:
+        for name in (sample_id + suffix, sample_id + suffix.upper()):
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"no file for id '{sample_id}' in {folder}; looked for {', '.join(suffixes)}")
 
 
 def count(labels: np.ndarray) -> np.ndarray:
@@ -355,7 +355,7 @@ def check(folder: Path, sheet: Path, h: Hierarchy, seed: int, workers: int) -> i
     faults = folder_faults(folder, h)
     split = {name: read_ids(folder / f"{name}_id.txt") for name in SPLITS}
     ids = list(dict.fromkeys(split["train"] + split["val"]))
-    outcomes = map_with_progress(partial(check_sample, folder=folder, h=h), ids, "check", workers)
+    outcomes = map_files(partial(check_sample, folder=folder, h=h), ids, "check", workers)
     counts = {outcome.sample_id: outcome.counts for outcome in outcomes if outcome.counts is not None}
     problems = {outcome.sample_id: outcome.problem for outcome in outcomes if outcome.problem}
     if both := sorted(set(split["train"]) & set(split["val"])):

@@ -1,11 +1,21 @@
 """What every entry point shares: a user's mistake becomes one line on stderr and exit status 2; bars of progress."""
 
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from utils.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_WORTH_A_POOL = 48  # starting a worker takes about as long as this many files
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -23,3 +33,28 @@ def run_main(main: Callable[[], int | None]) -> None:
 def progress(items: Iterable | None = None, **options) -> tqdm:
     """tqdm on stderr; where that is no terminal, a line every half minute instead of ten a second."""
     return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+
+def map_files(
+    function: Callable[[Item], Result], items: Sequence[Item], what: str, workers: int | None = None
+) -> list[Result]:
+    """`[function(item) for item in items]`, in order, on all cores; `function` must be importable.
+
+    Raises: UserError when a worker process was killed.
+    """
+    # what this process may use, not what the machine has
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(items) // _WORTH_A_POOL)
+    bar = {"desc": what, "unit": "file", "disable": not items}
+    if workers < 2:
+        return [function(item) for item in progress(items, **bar)]
+    # Not fork, which is all that tqdm's process_map can: its children copy locks that threads may hold, and when their
+    # parent is killed they live on with its lock on the files.
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            return list(progress(pool.map(function, items, chunksize=8), total=len(items), **bar))
+    except BrokenProcessPool:
+        raise UserError(
+            f"{what}: a worker process was killed, perhaps for want of memory; free some, and run again"
+        ) from None

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.images import PHOTO_SUFFIXES, find_file, photo_size, read_labels, read_photo, scaled_size
+from utils.ids import PhotoFolder
+from utils.images import photo_size, read_labels, read_photo, scaled_size
 
 
 class Sample(NamedTuple):
@@ -45,11 +46,11 @@ def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path) -> list
 
     Raises: UserError with the missing ids.
     """
-    files, missing = [], []
+    photos, files, missing = PhotoFolder(images_dir), [], []
     for sample_id in ids:
         try:
             labels = labels_dir / f"{sample_id}.png"
-            photo = find_file(images_dir, sample_id, PHOTO_SUFFIXES)
+            photo = photos.find(sample_id)
             if not labels.is_file():
                 raise UserError(f"{labels}: no such label map")
             files.append(Files(photo, labels))

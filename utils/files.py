@@ -16,10 +16,11 @@ UNFINISHED = ".*.part"  # what a killed process may leave of `write_whole`
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOSYS}
 
 
-def write_whole(data: bytes | str, path: str | Path, previous: Path | None = None) -> None:
+def write_whole(data: bytes | str, path: str | Path, previous: Path | None = None, sync: bool = True) -> None:
     """Writes beside, flushes to disk, renames: at every moment `path` is the old file or the new one, never half.
 
     `previous` is where the old file goes; for a moment there is then no `path`, but always one of the two.
+    Without `sync` a power cut may leave it cut short: for files in thousands that can be made again.
     Raises: OSError when the disk is full or not writable; the old file then stands.
     """
     path = Path(path)
@@ -28,7 +29,8 @@ def write_whole(data: bytes | str, path: str | Path, previous: Path | None = Non
         with open(beside, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if previous is not None and path.is_file():
             os.replace(path, previous)
         os.replace(beside, path)
@@ -36,7 +38,8 @@ def write_whole(data: bytes | str, path: str | Path, previous: Path | None = Non
         with contextlib.suppress(OSError):  # the folder itself may be gone
             beside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,34 +1,29 @@
-"""Reads and writes the files of a data set: photos, label maps, id lists. Knows no tree."""
+"""Reads and writes the files of a data set: photos and label maps. Knows no tree."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils.errors import UserError
+from utils.files import write_whole
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".npy")
+SLIMMEST = 16  # a photo's longer side is resized to at most so many times the short side that is asked for
+VOID_COLOUR = (224, 224, 192)  # what a label without a colour of its own looks like
+ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: turned or mirrored
 
 Colour = tuple[int, int, int]
 
-_UNUSED_COLOUR = (224, 224, 192)  # what a label without a colour of its own (void) looks like
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+
+# ---- photos ------------------------------------------------------------------------------------------------
 
 
 def read_photo(path: str | Path, short_side: int | None = None) -> Image.Image:
-    """The photo as upright RGB, whatever its mode on disk; `short_side` resizes it to that short side.
+    """The photo as upright RGB, whatever its mode on disk; `short_side` resizes it, see `scaled_size`.
 
     Raises: UserError where the file is absent, damaged, too large to be a photo, or no picture at all.
     """
@@ -36,55 +31,123 @@ def read_photo(path: str | Path, short_side: int | None = None) -> Image.Image:
         with Image.open(path) as image:
             size = image.size if short_side is None else scaled_size(image.size, short_side)
             image.draft(None, size)  # a JPEG decodes up to 8 times smaller at no cost; never below `size`
-            upright = _UPRIGHT.get(_orientation(image))
             photo = _to_rgb(image)
+            orientation = _orientation(image)
     except Exception as error:  # decoders raise nearly every type on damaged files
         raise _unreadable(path, "photo", error) from error
     if photo.size != size:
         photo = photo.resize(size, Image.Resampling.BILINEAR)
-    if upright is not None:
-        photo = photo.transpose(upright)
-    return photo
+    return upright(photo, orientation)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An opened picture, of any mode, as upright RGB; the picture itself is left as it is.
 
-    Raises: ValueError for pixels without a known range (mode F).
+    Raises: ValueError for pixels without a known range.
     """
-    upright = _UPRIGHT.get(_orientation(image))
-    photo = _to_rgb(image)
-    return photo if upright is None else photo.transpose(upright)
+    return upright(_to_rgb(image), _orientation(image))
 
 
-def photo_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of the upright photo, read from its header alone.
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """The stored pixels turned by their EXIF orientation."""
+    if orientation == 1:
+        return image
+    image.info.pop("exif", None)
+    image.getexif()[ORIENTATION] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
+    """((width, height) as stored, EXIF orientation), read without decoding, but for 16 bits a channel.
 
     Raises: UserError as `read_photo` does.
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            # orientations 5 to 8 lie on their side
-            return (height, width) if _orientation(image) >= 5 else (width, height)
+            if _has_16_bits(image):
+                _to_rgb(image)  # its values may be out of range
+            return image.size, _orientation(image)
     except Exception as error:
         raise _unreadable(path, "photo", error) from error
 
 
-def read_labels(path: str | Path) -> np.ndarray:
-    """The label map of a .png (grey or palette, 8 bits, raw values) or a .npy (2-D integers).
+def photo_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright photo. Raises: UserError as `read_photo` does."""
+    size, orientation = photo_header(path)
+    return size[::-1] if orientation >= 5 else size  # 5 to 8 lie on their side
 
-    Shape: (H, W), uint8.
+
+def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(width, height) at that short side; a slimmer photo than 1:16 at a long side of 16 times that.
+
+    Otherwise a photo of 3000 x 1 pixels would have 77 million at a short side of 160.
+    """
+    scale = min(short_side / min(size), SLIMMEST * short_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag, 1 where there is none; of a PNG this decodes the pixels."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF data does not make the pixels unusable
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    has_16_bits = _has_16_bits(image)  # before it is decoded
+    if image.mode == "F":
+        raise ValueError("pixels are floats, which have no known range; save the photo with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips it to white
+        grey = np.asarray(image).astype(np.int64) >> 8
+        photo = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    else:
+        photo = image.convert("RGB")
+    if has_16_bits and 0 < max(high for _, high in photo.getextrema()) < 16:
+        raise ValueError(
+            "its 16-bit values stay below 4096, as a 12-bit camera writes them, and would be nearly black; "
+            "multiply them by 16, or save the photo with 8 bits a channel"
+        )
+    return photo
+
+
+# ---- label maps --------------------------------------------------------------------------------------------
+
+
+def read_labels(path: str | Path) -> np.ndarray:
+    """The label ids of a .png (8-bit grey or palette) or a .npy (2-D integers). Shape: (H, W), uint8.
+
     Raises: UserError where the file is absent, damaged, or holds something other than one label a pixel.
+    """
+    values, _ = read_values(path)
+    if values.ndim != 2:
+        raise UserError(f"the mask {path} holds colours; expected 8-bit grey or palette, a label id in each pixel")
+    if values.max() > 255:
+        raise UserError(f"the mask {path} holds values up to {values.max()}; label ids lie in 0..255")
+    return values.astype(np.uint8)
+
+
+def read_values(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a mask holds as it is, and the palette of an indexed one.
+
+    Shape: (H, W) or, for RGB, (H, W, 3), unsigned integers; (colours, 3) uint8.
+    Raises: UserError where the file is absent, damaged, or can be no mask.
     """
     path = Path(path)
     try:
-        labels = _read_npy(path) if path.suffix.lower() == ".npy" else _read_png(path)
+        return (_read_npy(path), None) if path.suffix.lower() == ".npy" else _read_png(path)
     except UserError:
         raise
     except Exception as error:
         raise _unreadable(path, "mask", error) from error
-    return labels
 
 
 def write_indexed(path: str | Path, labels: np.ndarray, palette: Sequence[Colour]) -> None:
@@ -92,134 +155,49 @@ def write_indexed(path: str | Path, labels: np.ndarray, palette: Sequence[Colour
 
     Raises: UserError where the folder cannot be written.
     """
-    colours = [*palette, *[_UNUSED_COLOUR] * (256 - len(palette))]
-    image = Image.fromarray(labels)
-    # All 256 colours: with 16 or fewer PIL would pack 4 bits a pixel and cut larger labels (void) off.
-    image.putpalette([channel for colour in colours for channel in colour])
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        image.save(partial, format="PNG", compress_level=3)
-        os.replace(partial, path)
+        write_whole(indexed_png(labels, palette), path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def find_file(folder: str | Path, sample_id: str, suffixes: Sequence[str]) -> Path:
-    """The file of a sample: the first of `folder/id.suffix` that exists, in either case of the suffix.
-
-    Raises: UserError naming the folder, the id and what was looked for.
-    """
-    folder = Path(folder)
-    for suffix in suffixes:
-        for name in (sample_id + suffix, sample_id + suffix.upper()):
-            if (folder / name).is_file():
-                return folder / name
-    if not folder.is_dir():
-        raise UserError(f"the folder {folder} does not exist; looked there for the file of id '{sample_id}'")
-    raise UserError(f"no file for id '{sample_id}' in {folder}; looked for {', '.join(suffixes)}")
+def indexed_png(labels: np.ndarray, palette: Sequence[Colour]) -> bytes:
+    """The bytes of a palette PNG. Shape: (H, W) uint8."""
+    # All 256 colours: with 16 or fewer PIL would pack 4 bits a pixel and cut larger labels (void) off.
+    colours = [*palette, *[VOID_COLOUR] * (256 - len(palette))]
+    image = Image.fromarray(labels)
+    image.putpalette([channel for colour in colours for channel in colour])
+    image.save(file := io.BytesIO(), format="PNG", compress_level=3)
+    return file.getvalue()
 
 
-def read_ids(path: str | Path) -> list[str]:
-    """The ids of a list file, one a line, in order; a BOM, CRLF and blank lines are let pass.
-
-    Raises: UserError naming the file and the line of an id that is repeated or that is no plain file name.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"the id file {path} does not exist; it should hold one photo id a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the id file {path} cannot be read as text: {error}") from error
-    line_of: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        sample_id = line.strip()
-        if not sample_id:
-            continue
-        fault = id_fault(sample_id)
-        if sample_id in line_of:
-            fault = f"is already on line {line_of[sample_id]}; list each photo once"
-        if fault:
-            raise UserError(f"{path}, line {number}: id {sample_id!r} {fault}")
-        line_of[sample_id] = number
-    if not line_of:
-        raise UserError(f"the id file {path} is empty; it should hold one photo id a line")
-    return list(line_of)
-
-
-def id_fault(sample_id: str) -> str | None:
-    """What keeps a text from being an id, or None."""
-    if sample_id.startswith(".") or any(character in sample_id for character in '/\\:\0"'):
-        return "is not a plain name; an id has no folder, drive or leading dot in it"
-    if len(sample_id.split()) > 1:
-        return "has a space in it; write one id a line, without a second column"
-    if not sample_id.isprintable():
-        return "holds a character that cannot be printed"
-    if len(sample_id.encode()) > 200:
-        return "is too long to be a file's name; an id has at most 200 bytes"
-    suffix = Path(sample_id).suffix.lower()
-    if suffix in PHOTO_SUFFIXES + MASK_SUFFIXES:
-        return f"ends in {suffix}; write ids without a suffix"
-    return None
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged EXIF data does not make the pixels unusable
-        return 1
-
-
-def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(width, height) scaled to that short side."""
-    width, height = size
-    scale = short_side / min(size)
-    return (
-        max(short_side, round(width * scale)),
-        max(short_side, round(height * scale)),
-    )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.convert("RGB")
-    if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips it to white
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("pixels are floats, which have no known range; save the photo with 8 bits a channel")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _read_png(path: Path) -> np.ndarray:
+def _read_png(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     with Image.open(path, formats=("PNG",)) as image:
-        # A 2- or 4-bit grey PNG opens as mode L with its values stretched to 0..255: labels would change.
-        stretched = image.mode == "L" and image.tile[0][3] != "L"
-        if image.mode not in ("L", "P") or stretched:
-            kind = "grey of fewer than 8 bits" if stretched else f"of mode {image.mode}"
+        stored = image.tile[0][3]  # such as "L;4": a grey of 4 bits opens stretched to 0..255, labels would change
+        if stored == "RGBA" and image.getextrema()[3] == (255, 255):
+            return np.array(image.convert("RGB")), None
+        if stored not in ("L", "I;16B", "RGB") and image.mode != "P":
             raise UserError(
-                f"the mask {path} is {kind}; expected 8-bit grey or palette, each pixel holding its label id"
+                f"the mask {path} is of mode {stored}; expected palette or grey of 8 bits, each pixel holding its "
+                "label id, or RGB in the tree's colours"
             )
-        return np.array(image)
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
+        values = np.array(image)
+        return values.astype(np.uint16) if stored == "I;16B" else values, palette
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    labels = np.load(path, allow_pickle=False)
-    if not isinstance(labels, np.ndarray) or labels.ndim != 2 or labels.size == 0:
-        raise UserError(f"the mask {path} has shape {getattr(labels, 'shape', None)}; expected (height, width)")
-    if labels.dtype.kind not in "iu":
+    values = np.load(path, allow_pickle=False)
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
+        raise UserError(f"the mask {path} has shape {getattr(values, 'shape', None)}; expected (height, width)")
+    if values.dtype.kind not in "iu":
         raise UserError(
-            f"the mask {path} holds {labels.dtype}; expected integer label ids, e.g. labels.astype(np.uint8)"
+            f"the mask {path} holds {values.dtype}; expected integer label ids, e.g. labels.astype(np.uint8)"
         )
-    low, high = labels.min(), labels.max()
-    if low < 0 or high > 255:
-        raise UserError(f"the mask {path} holds values from {low} to {high}; label ids lie in 0..255")
-    return labels.astype(np.uint8)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise UserError(f"the mask {path} holds values from {low} to {high}; expected 0 to 65535")
+    return values.astype(np.uint16 if high > 255 else np.uint8)
 
 
 def _unreadable(path: str | Path, what: str, error: Exception) -> UserError:

@@ -1,0 +1,250 @@
+"""Ids, id lists, class lists, and every way to write a mask: all lead to the labels that are meant."""
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.classes import read_classes, warnings_of
+from utils.encoder import RECORD, Wishes, encode_folder
+from utils.encoding import load_encoding
+from utils.errors import UserError
+from utils.hierarchy import Hierarchy
+from utils.ids import PhotoFolder, draw_split, read_ids
+from utils.images import VOID_COLOUR, read_labels
+
+TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
+LABELS = np.array([[0, 0, 1, 4], [2, 3, 255, 6]], np.uint8)
+NAMES = ["background", "head", "torso", "traffic_light"]
+
+
+# ---- ids ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_ids_keep_their_order_whatever_editor_wrote_them(tmp_path, encoding):
+    (tmp_path / "ids.txt").write_bytes("2008_2\r\n\r\n photo 1 \r\n2007.é\n".encode(encoding))
+    assert read_ids(tmp_path / "ids.txt") == ["2008_2", "photo 1", "2007.é"]
+
+
+@pytest.mark.parametrize(
+    "bad", ["../x", "/x", "a/b", "a\\b", ".", ".x", "c:x", "a\0b", "a  1", "a\t1", "x.jpg", "x.PNG", "ok"]
+)
+def test_a_bad_id_is_named_with_file_and_line(tmp_path, bad):
+    (tmp_path / "ids.txt").write_text(f"ok\n\n{bad}\n")
+    with pytest.raises(UserError, match=r"ids\.txt, line 3"):
+        read_ids(tmp_path / "ids.txt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00", b"\xe9\n"])
+def test_an_id_file_without_ids_is_refused(tmp_path, content):
+    (tmp_path / "ids.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"ids\.txt"):
+        read_ids(tmp_path / "ids.txt")
+
+
+def test_photos_are_found_by_id_in_any_unicode_form_and_two_of_one_id_are_refused(tmp_path):
+    for name in ("a.JPG", "b.jpg", "b.png", unicodedata.normalize("NFD", "café 1.jpg"), "c.txt", ".d.jpg"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "e.jpg").touch()
+    photos = PhotoFolder(tmp_path)
+    assert photos.find("a").name == "a.JPG"
+    assert photos.find("café 1").is_file()
+    for missing in "cde":
+        with pytest.raises(UserError, match=rf"no file for id '{missing}'.*\.jpg, "):
+            photos.find(missing)
+    with pytest.raises(UserError, match=r"id 'b' has several photos, .*b\.jpg, .*b\.png; keep one"):
+        photos.find("b")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        PhotoFolder(tmp_path / "nowhere")
+
+
+def test_a_split_depends_on_the_seed_and_not_on_the_order():
+    ids = [f"p{number:02}" for number in range(20)]
+    split = draw_split(ids, 0.25, 1)
+    assert sorted(split["train"] + split["val"]) == ids
+    assert len(split["val"]) == 5
+    assert split == draw_split(ids[::-1], 0.25, 1) != draw_split(ids, 0.25, 2)
+    assert [len(part) for part in draw_split("ab", 0.01, 0).values()] == [1, 1]
+
+
+# ---- class lists -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0: bg\n1 head\n2,Torso\n", {"0": "background", "1": "head", "2": "torso"}),
+        ("background\r\nhead\r\n\r\ntorso", {"0": "background", "1": "head", "2": "torso"}),
+        ("head: 24, 25\ntorso: 007", {"24": "head", "25": "head", "7": "torso"}),
+        ("head: 24, torso: 25 26", {"24": "head", "25": "torso", "26": "torso"}),
+        ("# mine\n24: heads\n25: head\nvoid: *", {"24": "head", "25": "head", "*": "void"}),
+        ("Traffic Light: #DC143C, 3\nunlabelled = 0", {"#dc143c": "traffic_light", "3": "traffic_light", "0": "void"}),
+    ],
+)
+def test_class_lists_of_every_style_are_read(tmp_path, text, expected):
+    (tmp_path / "classes.txt").write_text(text)
+    assert read_classes(tmp_path / "classes.txt", NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0: bg\n1: arm\n", "'1: arm' names no class"),
+        ("0: bg\n1: hed\n", "did you mean 'head'"),
+        ("0: bg\n0: head\n", "repeats"),
+        ("bg\nhead\nHead\n", "repeats"),
+        ("head: 1, torso: 1", "repeats"),
+        ("head: 65536", "above 65535"),
+        ("1: bg\nhead\n", "has no value"),
+        ("\n", "is empty"),
+    ],
+)
+def test_class_lists_that_do_not_fit_the_tree_are_refused(tmp_path, text, words):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_classes(tmp_path / "classes.txt", NAMES)
+
+
+def test_a_background_without_its_flag_and_a_class_without_a_value_are_pointed_at(tree):
+    assert warnings_of(tree, None) == []
+    plain = tree.to_dict()
+    del plain["nodes"][0]["background"]
+    classes = {str(leaf): tree.names[leaf] for leaf in tree.leaves if leaf != 4}
+    first, second = warnings_of(Hierarchy.from_dict(plain), classes)
+    assert "root 'background'" in first
+    assert '"background": true' in first
+    assert second.endswith("no value for head")
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encode(tmp_path, tree):
+    """Encodes one mask, whose photo is as large, and gives its label map."""
+
+    def run(write, classes=None, by="auto", tree=tree) -> np.ndarray:
+        for name in ("photos", "masks"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        Image.new("RGB", LABELS.shape[::-1]).save(tmp_path / "photos" / "a.jpg")
+        write(tmp_path / "masks")
+        encode_folder(tmp_path / "masks", tmp_path / "photos", tmp_path / "hie", tree, Wishes(classes, by))
+        return read_labels(tmp_path / "hie" / "a.png")
+
+    return run
+
+
+def palette_of(tree, order):
+    """A palette in which index i has the colour of node order[i]."""
+    colours = [*(tree.colours[v] if v < 255 else VOID_COLOUR for v in order)]
+    return [channel for colour in colours for channel in colour]
+
+
+def indexed(labels, palette):
+    image = Image.fromarray(labels).convert("L")
+    image.putpalette(palette)
+    return image
+
+
+def test_colours_of_the_tree_are_read_from_rgb_and_opaque_rgba(encode, tree):
+    lookup = np.zeros((256, 3), np.uint8)
+    lookup[: tree.num_nodes], lookup[255] = tree.colours, VOID_COLOUR
+    picture = Image.fromarray(lookup[LABELS])
+    for mode in ("RGB", "RGBA"):
+        assert (encode(lambda folder, mode=mode: picture.convert(mode).save(folder / "a.png")) == LABELS).all()
+    picture.putpixel((1, 0), (1, 2, 3))
+    with pytest.raises(UserError, match=r"a\.png: the colour #010203 at row 0, column 1 \(1 pixels .*void: #000000"):
+        encode(lambda folder: picture.save(folder / "a.png"))
+    assert (encode(lambda folder: picture.save(folder / "a.png"), {"#010203": "background"}) == LABELS).all()
+    expected = LABELS.copy()
+    expected[0, 1] = 4
+    assert (encode(lambda folder: picture.save(folder / "a.png"), {"*": "head"}) == expected).all()
+
+
+def test_values_are_merged_by_their_classes(encode):
+    values = np.array([[0, 24, 25, 700], [24, 0, 255, 9]], np.uint16)
+    expected = np.array([[0, 4, 4, 2], [4, 0, 255, 255]], np.uint8)
+    classes = {"0": "background", "24": "head", "25": "head", "700": "torso", "9": "void"}
+    assert (encode(lambda folder: np.save(folder / "a.npy", values.astype(int)), classes) == expected).all()
+
+
+def test_16_bit_png_values_are_merged_by_their_classes(encode, tree):
+    values = np.where(LABELS == 255, 40000, LABELS.astype(np.uint16))
+    names = {str(v): name for v, name in enumerate(tree.names[:7])}
+    assert (
+        encode(lambda folder: Image.fromarray(values).save(folder / "a.png"), names | {"*": "void"}) == LABELS
+    ).all()
+    with pytest.raises(UserError, match=r"label 40000 at row 1, column 2 \(1 pixels\) is not in classes\.txt"):
+        encode(lambda folder: Image.fromarray(values).save(folder / "a.png"), names)
+
+
+def test_an_unknown_label_is_named_with_its_place(encode):
+    strange = np.array([[0, 0, 0, 0], [0, 0, 10, 11]], np.uint8)
+    with pytest.raises(UserError, match=r"label 10 at row 1, column 2 \(1 pixels\) is no label.*nor are \[11\]"):
+        encode(lambda folder: Image.fromarray(strange).save(folder / "a.png"))
+
+
+def test_a_palette_in_another_order_is_read_by_colour_and_said(encode, tree, capsys):
+    """What a PNG optimiser leaves: the most frequent colour first, as few bits as will do."""
+    order = [255, 6, 4, 0, 1, 2, 3]
+    index_of = np.zeros(256, np.uint8)
+    index_of[order] = range(len(order))
+    saved = indexed(index_of[LABELS], palette_of(tree, order))
+    assert (encode(lambda folder: saved.save(folder / "a.png", bits=4)) == LABELS).all()
+    assert "1 masks hold the tree's colours at other indices" in capsys.readouterr().err
+    assert (encode(lambda folder: None, by="index") == index_of[LABELS]).all()
+
+
+def test_a_palette_of_other_colours_says_nothing_and_a_mixed_one_is_open(encode, tree):
+    values = np.where(LABELS == 255, 5, LABELS).astype(np.uint8)
+    other = [(90 + 7 * i) % 256 for i in range(30)]
+    assert (encode(lambda folder: indexed(values, other).save(folder / "a.png")) == values).all()
+    mixed = [*other[:3], *tree.colours[2], *other[6:]]  # index 1 has the colour of node 2
+    with pytest.raises(UserError, match=r"index 1 has the colour of label 2 .*--by index or --by colour"):
+        encode(lambda folder: indexed(values, mixed).save(folder / "a.png"))
+    assert (encode(lambda folder: None, by="index") == values).all()
+    with pytest.raises(UserError, match="the colour of label 0"):
+        encode(lambda folder: None, by="colour")
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------
+
+
+def test_the_cityscapes_layout_is_encoded_as_it_comes(tmp_path):
+    cityscapes = Hierarchy.load(TREES / "cityscapes.json")
+    classes = read_classes(TREES / "cityscapes_classes.txt", cityscapes.names)
+    for split, city, label in (("train", "aachen", 24), ("train", "bochum", 7), ("val", "ulm", 23)):
+        stem = f"{city}_000000_000019"
+        photos, masks = tmp_path / "leftImg8bit" / split / city, tmp_path / "gtFine" / split / city
+        for folder in (photos, masks):
+            folder.mkdir(parents=True)
+        Image.new("RGB", (4, 2)).save(photos / f"{stem}_leftImg8bit.png")
+        Image.fromarray(np.array([[label] * 4, [0, 1, 9, 33]], np.uint8)).save(masks / f"{stem}_gtFine_labelIds.png")
+        Image.new("RGBA", (4, 2)).save(masks / f"{stem}_gtFine_color.png")
+        Image.fromarray(np.full((2, 4), 26001, np.uint16)).save(masks / f"{stem}_gtFine_instanceIds.png")
+        Image.fromarray(np.zeros((2, 4), np.uint8)).save(masks / f"{stem}_gtFine_labelTrainIds.png")
+        (masks / f"{stem}_gtFine_polygons.json").touch()
+    wishes = Wishes(classes)
+    assert encode_folder(tmp_path / "gtFine", tmp_path / "leftImg8bit", tmp_path / "hie", cityscapes, wishes) == 3
+    encoding = load_encoding(tmp_path / "hie", cityscapes)
+    assert sorted(encoding.ids) == [f"{city}_000000_000019" for city in ("aachen", "bochum", "ulm")]
+    assert {encoding.files[i]["source"].split("/")[0] for i in encoding.ids} == {"train", "val"}
+    expected = [[11] * 4, [255, 255, 255, 18]]
+    assert read_labels(tmp_path / "hie" / "aachen_000000_000019.png").tolist() == expected
+    trained = Wishes(ending="_gtFine_labelTrainIds")
+    assert encode_folder(tmp_path / "gtFine", tmp_path / "leftImg8bit", tmp_path / "hie", cityscapes, trained) == 3
+    assert read_labels(tmp_path / "hie" / "ulm_000000_000019.png").max() == 0
+
+
+def test_an_ending_belongs_to_the_id_where_a_photo_says_so(tmp_path, tree):
+    for name in ("photos", "masks"):
+        (tmp_path / name).mkdir()
+    for photo, mask in (("a", "a_mask"), ("b_mask", "b_mask"), ("c d", "c d_segmentation")):
+        Image.new("RGB", LABELS.shape[::-1]).save(tmp_path / "photos" / f"{photo}.jpg")
+        Image.fromarray(LABELS).save(tmp_path / "masks" / f"{mask}.png")
+    encode_folder(tmp_path / "masks", tmp_path / "photos", tmp_path / "hie", tree)
+    assert {path.name for path in (tmp_path / "hie").glob("[!.]*")} == {"a.png", "b_mask.png", "c d.png", RECORD}

@@ -1,0 +1,126 @@
+"""Which file belongs to which id: id lists, and the photos of a folder or of the folders below it."""
+
+import os
+import random
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.images import MASK_SUFFIXES, PHOTO_SUFFIXES
+
+PHOTO_ENDING = "_leftImg8bit"  # Cityscapes: part of the file's name, not of the id
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """The ids of a list file, one a line, in order; UTF-8 or UTF-16, CRLF and blank lines are let pass.
+
+    Raises: UserError naming the file and the line of an id that is repeated or that is no plain file name.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise UserError(f"the id file {path} does not exist; it should hold one photo id a line") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"the id file {path} cannot be read as text: {error}; save it as UTF-8") from error
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        sample_id = same_form(line.strip())
+        if not sample_id:
+            continue
+        fault = id_fault(sample_id)
+        if sample_id in line_of:
+            fault = f"is already on line {line_of[sample_id]}; list each photo once"
+        if fault:
+            raise UserError(f"{path}, line {number}: id {sample_id!r} {fault}")
+        line_of[sample_id] = number
+    if not line_of:
+        raise UserError(f"the id file {path} is empty; it should hold one photo id a line")
+    return list(line_of)
+
+
+def id_fault(sample_id: str) -> str | None:
+    """What keeps a text from being an id, or None."""
+    if sample_id.startswith(".") or any(character in sample_id for character in '/\\:\0"'):
+        return "is not a plain name; an id has no folder, drive or leading dot in it"
+    if re.search(r"\t|  ", sample_id):
+        return "has a second column; write one id a line"
+    if not sample_id.isprintable():
+        return "holds a character that cannot be printed"
+    if len(sample_id.encode()) > 200:
+        return "is too long to be a file's name; an id has at most 200 bytes"
+    suffix = Path(sample_id).suffix.lower()
+    if suffix in PHOTO_SUFFIXES + MASK_SUFFIXES:
+        return f"ends in {suffix}; write ids without a suffix"
+    return None
+
+
+def read_text(path: str | Path) -> str:
+    """A text that people wrote: UTF-8, or UTF-16 as Windows writes it. Raises: OSError, UnicodeError."""
+    data = Path(path).read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16")
+    if b"\0" in data[:2]:  # UTF-16 without its mark
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le")
+    return data.decode("utf-8-sig")
+
+
+def same_form(name: str) -> str:
+    """One Unicode form for all names: disks of a Mac write an accent apart from its letter, lists do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def draw_split(ids: Iterable[str], share: float, seed: int) -> dict[str, list[str]]:
+    """The ids cut into train and val, `share` of them val; the order of `ids` does not matter.
+
+    Raises: UserError for fewer than two.
+    """
+    ids = sorted(ids)
+    if len(ids) < 2:
+        raise UserError(f"a train and a val split need two photos, there are {len(ids)}")
+    shuffled = random.Random(seed).sample(ids, len(ids))
+    n_val = min(max(1, round(len(ids) * share)), len(ids) - 1)
+    return {"train": sorted(shuffled[n_val:]), "val": sorted(shuffled[:n_val])}
+
+
+class PhotoFolder:
+    """The photos of a folder by id; where the folder itself holds none, those of the folders below it.
+
+    Raises: UserError where the folder is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder, self.paths = Path(folder), {}
+        for path in files_below(folder, PHOTO_SUFFIXES):
+            self.paths.setdefault(same_form(path.stem).removesuffix(PHOTO_ENDING), []).append(path)
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self.paths
+
+    def find(self, sample_id: str) -> Path:
+        """The photo of an id. Raises: UserError where there is none, or more than one."""
+        found = self.paths.get(sample_id, ())
+        if len(found) > 1:
+            raise UserError(f"id '{sample_id}' has several photos, {', '.join(map(str, found[:3]))}; keep one")
+        if not found:
+            raise UserError(f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)}")
+        return found[0]
+
+
+def files_below(folder: str | Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of these suffixes in a folder, sorted; where it holds none, those of the folders below it.
+
+    Raises: UserError where the folder is not there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"the folder {folder} does not exist")
+    found = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        kept = (name for name in sorted(names) if name[0] != "." and name.lower().endswith(tuple(suffixes)))
+        found += [Path(here, name) for name in kept]
+        if here == str(folder) and found:
+            break
+    return found
