@@ -2,12 +2,13 @@
 
 Two kinds of chance are kept apart. Another draw of val photos: photos are resampled with replacement, the same for
 all experiments, and each resample's confusion matrices are summed and scored anew (a paired bootstrap). Another
-seed: experiments that differ in nothing else form a group, and its spread is shown beside the interval.
+seed: experiments that differ in nothing else form a group, and its spread is shown beside the interval. Who makes
+many comparisons finds something by chance, so their number is allowed for (Holm).
 """
 
+import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +20,12 @@ import numpy as np
 import torch
 
 from configs.config import FIELDS, REPOSITORY, RESUMABLE_CHANGES
-from manage.tables import summary
 from utils.errors import UserError
+from utils.files import read_json
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
-RESAMPLES = 2000
+RESAMPLES = 10_000  # so that p can be small enough for a hundred comparisons
 CONFIDENCE = 0.95
 FEWEST_PHOTOS = 20  # with less, a bootstrap interval is too narrow to be believed
 
@@ -53,29 +54,28 @@ class Experiment:
         return self.config["seed"]
 
     @property
-    def evaluation(self) -> str:
-        return Path(self.record["checkpoint"]).stem
+    def train_seconds(self) -> float | None:
+        return self.curves[-1].get("train_seconds") if self.curves else None
 
     @cached_property
     def hierarchy(self) -> Hierarchy:
         return Hierarchy.from_dict(self.record["tree"], f"{self.folder}, its tree")
 
     @cached_property
-    def result(self) -> dict[str, Any]:
-        """All scores under `rule`, in [0, 1]."""
+    def levels(self) -> list[dict[str, Any]]:
+        """The IoU of every class of each level under `rule`."""
         total = torch.from_numpy(self.matrices.sum(axis=0, dtype=np.int64))
-        rate = self.record["scores"]["violation_rate"]
-        return scores_from_confusion(total, self.hierarchy) | {"violation_rate": rate}
+        return scores_from_confusion(total, self.hierarchy)["levels"]
 
-    @cached_property
+    @property
     def scores(self) -> dict[str, float | None]:
-        return summary(self.result)
+        return self.record["rules"][self.rule]
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
         """environment.json: one record for each start and resume of the training."""
         path = self.folder / "environment.json"
-        return _read_json(path) if path.is_file() else []
+        return read_json(path) if path.is_file() else []
 
     @property
     def processes(self) -> int | list[int]:
@@ -116,38 +116,34 @@ class Difference:
     high: float
     by_seed: dict[int, float]  # of the seeds that both have
     photos: int
+    p: float  # two-sided, of the bootstrap; after `allow_for_many` adjusted
 
     @property
     def verdict(self) -> str:
         """better, worse, or why nothing can be said."""
         if self.photos < FEWEST_PHOTOS or not all(map(math.isfinite, (self.value, self.low, self.high))):
             return "too few photos to tell"
-        if self.low <= 0 <= self.high:
+        if self.low <= 0 <= self.high or self.p > 1 - CONFIDENCE:
             return "no evidence of a difference"
         if any(value * self.value <= 0 for value in self.by_seed.values()):
             return "no evidence of a difference"  # more than the photos, less than the seeds
         return "better" if self.value > 0 else "worse"
 
     @property
+    def is_claim(self) -> bool:
+        """One seed leaves the seed's part unknown."""
+        return self.verdict in ("better", "worse") and len(self.by_seed) > 1
+
+    @property
     def sentence(self) -> str:
         """The verdict with its numbers, in points (hundredths of the score)."""
-        which = f"{self.score} ({self.level_name}): "
-        interval = f"{CONFIDENCE:.0%} interval over photos {points(self.low)} to {points(self.high)}"
-        if self.verdict == "too few photos to tell":
-            return f"{which}{self.photos} photos are too few to tell {self.second} from {self.first}."
-        if self.verdict in ("better", "worse"):
-            claim = f"{self.second} is {self.verdict} than {self.first}"
-        else:
-            claim = f"no evidence of a difference between {self.second} and {self.first}"
-        return f"{which}{claim}: {points(self.value)} points ({interval}; {self._seeds()})."
-
-    def _seeds(self) -> str:
-        agreeing = sum(value * self.value > 0 for value in self.by_seed.values())
-        if not self.by_seed:
-            return "no seed in common, so the seeds' part in it is not known"
-        if len(self.by_seed) == 1:
-            return "one seed, so the seed's part in it is not known"
-        return f"{agreeing} of {len(self.by_seed)} seeds agree in sign"
+        agreeing = (
+            f"{sum(v * self.value > 0 for v in self.by_seed.values())} of {len(self.by_seed)} seeds agree in sign"
+        )
+        seeds = agreeing if len(self.by_seed) > 1 else "not two seeds in common, so the seeds' part in it is not known"
+        numbers = f"{points(self.value)} points ({CONFIDENCE:.0%} interval over photos {points(self.low)} to "
+        numbers += f"{points(self.high)}; p {self.p:.2g}; {seeds})"
+        return f"{self.score} ({self.level_name}), {self.second} against {self.first}: {self.verdict}, {numbers}."
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ def load_experiment(name: str | Path, evaluation: str = "best", rule: str | None
         raise UserError(
             f"{folder}: has no evaluation {evaluation!r}{_listing(folder / 'evaluation')}. Make it: {command}"
         )
-    record = _read_json(scored / "scores.json")
+    record = read_json(scored / "scores.json")
     owner = record["config"]["exp_name"]
     if not config.with_name(f"{owner}.json").is_file():  # the folder itself may have been renamed
         raise UserError(
@@ -230,13 +226,6 @@ def _read_curves(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: damaged ({error}); expected one JSON object a line") from None
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); run evaluate.py again") from None
-
-
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return f"; {folder} holds {', '.join(names[:12])}" if names else ""
@@ -245,19 +234,22 @@ def _listing(folder: Path) -> str:
 # ---- comparing ---------------------------------------------------------------------------------------------------
 
 
-def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare(
+    experiments: Sequence[Experiment], resamples: int = RESAMPLES, names: Mapping[str, str] | None = None
+) -> Comparison:
     """Groups experiments by config and compares every two groups at every level.
 
+    `names` says what a group is called, by an experiment in it; without, it is what tells the groups apart.
     Raises: UserError when they were not scored on the same photos, labels and tree.
     """
     check_comparable(experiments)
-    groups, differing = group_by_config(experiments)
-    differences = []
+    groups, differing = group_by_config(experiments, names or {})
+    differences: list[Difference] = []
     if len(groups) > 1:
-        resampled = zip(groups, _resample(groups, resamples, seed), strict=True)
+        resampled = [(group, bootstrap(group.experiments, resamples)) for group in groups]
         for first, second in combinations(resampled, 2):
             differences += _differences(*first, *second)
-    return Comparison(groups, differing, differences)
+    return Comparison(groups, differing, allow_for_many(differences))
 
 
 def check_comparable(experiments: Sequence[Experiment]) -> None:
@@ -284,7 +276,9 @@ def check_comparable(experiments: Sequence[Experiment]) -> None:
             )
 
 
-def group_by_config(experiments: Sequence[Experiment]) -> tuple[list[Group], dict[str, list[Any]]]:
+def group_by_config(
+    experiments: Sequence[Experiment], given: Mapping[str, str]
+) -> tuple[list[Group], dict[str, list[Any]]]:
     """The groups, in the order given, and the config keys in which they differ; `processes` counts as one."""
     sets: list[list[Experiment]] = []
     for experiment in experiments:
@@ -294,18 +288,19 @@ def group_by_config(experiments: Sequence[Experiment]) -> tuple[list[Group], dic
         else:
             own.append(experiment)
     values = [_compared(members[0]) for members in sets]
-    names = [*FIELDS, "processes"]
-    keys = [key for key in names if len({json.dumps(value.get(key), sort_keys=True) for value in values}) > 1]
-    labels = _labels(sets, keys)
+    keys = [
+        key
+        for key in [*FIELDS, "processes"]
+        if len({json.dumps(value.get(key), sort_keys=True) for value in values}) > 1
+    ]
+    labels = [given.get(s[0].name, label) for s, label in zip(sets, _labels(sets, keys), strict=True)]
     groups = [group for label, members in zip(labels, sets, strict=True) for group in _split_repeats(label, members)]
     return groups, {key: [_compared(group.experiments[0]).get(key) for group in groups] for key in keys}
 
 
 def _labels(sets: Sequence[Sequence[Experiment]], keys: Sequence[str]) -> list[str]:
-    """What tells the groups apart, in as few keys as do it; without any, their name."""
-    if not keys:
-        return [_stem([member.name for member in members]) for members in sets]
-    keys = sorted(keys, key=lambda key: key != "criterion")  # the objective says most
+    """What tells the groups apart, in as few keys as do it."""
+    keys = sorted(keys or ["criterion"], key=lambda key: key != "criterion")  # the objective says most
     labels: list[str] = []
     for count in range(1, len(keys) + 1):
         values = [_compared(members[0]) for members in sets]
@@ -326,12 +321,6 @@ def _compared(experiment: Experiment) -> dict[str, Any]:
     """What two seeds of one config have in common: its keys, and the number of processes, which scales the batch."""
     config = {key: value for key, value in experiment.config.items() if key not in NOT_COMPARED}
     return config | {"processes": experiment.processes}
-
-
-def _stem(names: Sequence[str]) -> str:
-    """What names such as bce_seed0 and bce_seed1 have in common; a name alone stays as it is."""
-    shared = os.path.commonprefix(list(names))  # noqa: RUF071 - character by character is meant
-    return (shared.removesuffix("seed").rstrip("_-.") or names[0]) if len(names) > 1 else names[0]
 
 
 def _short(key: str, value: Any) -> str:
@@ -366,24 +355,37 @@ def level_mious(matrices: np.ndarray, h: Hierarchy) -> np.ndarray:
     return np.stack(means, axis=-1)
 
 
-def resample_counts(photos: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each photo is drawn in each resample. Shape: (R, P) float64, rows sum to P."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(photos, np.full(photos, 1 / photos), size=resamples).astype(np.float64)
+def bootstrap(experiments: Sequence[Experiment], resamples: int, seed: int = 0) -> np.ndarray:
+    """Mean over the experiments of each level's mIoU, in each resample of the photos. Shape: -> (R, L).
+
+    Exact, since the sums stay below 2^53; the resamples are the same for all experiments with as many photos.
+    """
+    photos, nodes, _ = experiments[0].matrices.shape
+    counts = np.random.default_rng(seed).multinomial(photos, np.full(photos, 1 / photos), size=resamples)  # (R, P)
+    counts = counts.astype(np.float64)
+    sums = [counts @ e.matrices.reshape(photos, -1).astype(np.float64) for e in experiments]
+    return np.mean([level_mious(s.reshape(-1, nodes, nodes), experiments[0].hierarchy) for s in sums], axis=0)
 
 
-def bootstrap(matrices: np.ndarray, counts: np.ndarray, h: Hierarchy) -> np.ndarray:
-    """mIoU of each level in each resample; exact, since the sums stay below 2^53. Shape: (P, N, N) -> (R, L)."""
-    photos, nodes, _ = matrices.shape
-    sums = counts @ matrices.reshape(photos, -1).astype(np.float64)
-    return level_mious(sums.reshape(-1, nodes, nodes), h)
+def p_value(samples: np.ndarray) -> float:
+    """How often a resample contradicts the sign of the difference, two-sided; never 0. 1 where it is not defined."""
+    if not np.isfinite(samples).all():
+        return 1.0
+    beyond = min((samples <= 0).sum(), (samples >= 0).sum())
+    return min(1.0, 2 * (1 + float(beyond)) / (1 + len(samples)))
 
 
-def interval(samples: np.ndarray) -> tuple[float, float]:
-    """The middle 95 %. NaN when a resample had no class at all."""
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(samples, [tail, 100 - tail])
-    return float(low), float(high)
+def allow_for_many(differences: Sequence[Difference]) -> list[Difference]:
+    """The same with p adjusted for their number.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted(range(len(differences)), key=lambda i: differences[i].p)
+    adjusted, largest = list(differences), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, differences[i].p * (len(order) - rank)))
+        adjusted[i] = dataclasses.replace(differences[i], p=largest)
+    return adjusted
 
 
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -399,13 +401,6 @@ def points(value: float) -> str:
     return f"{100 * value:+.2f}"
 
 
-def _resample(groups: Sequence[Group], resamples: int, seed: int) -> list[np.ndarray]:
-    """For each group the mean over its seeds in each resample. Shape: G times (R, L)."""
-    h, photos = groups[0].experiments[0].hierarchy, len(groups[0].experiments[0].ids)
-    counts = resample_counts(photos, resamples, seed)
-    return [np.mean([bootstrap(e.matrices, counts, h) for e in group.experiments], axis=0) for group in groups]
-
-
 def _differences(
     first: Group, first_samples: np.ndarray, second: Group, second_samples: np.ndarray
 ) -> list[Difference]:
@@ -419,6 +414,7 @@ def _differences(
         a, b = mean_and_spread(list(ours.values()))[0], mean_and_spread(list(theirs.values()))[0]
         value = math.nan if a is None or b is None else b - a
         paired = {s: theirs[s] - ours[s] for s in ours if None not in (ours[s], theirs.get(s))}
-        low, high = interval(samples[:, level])
-        differences.append(Difference(first.label, second.label, score, level_name, value, low, high, paired, photos))
+        low, high = np.percentile(samples[:, level], [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2])
+        numbers = (value, float(low), float(high), paired, photos, p_value(samples[:, level]))
+        differences.append(Difference(first.label, second.label, score, level_name, *numbers))
     return differences

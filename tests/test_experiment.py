@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from configs.config import DECODE_RULES, load_config
 from tests.factory import REPO, make_data, write_config
@@ -241,9 +242,13 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     make_data(tmp_path / "data", train=4, val=2)
     cfg = write_config(tmp_path, tmp_path / "data", n_epochs=1)
     bad = {"name": "bad", "cfg": str(cfg), "seeds": [0], "overrides": {"val_sample_ids_file": "nothing.txt"}}
-    path = write_runs(tmp_path, bad, {"name": "tm", "cfg": str(cfg), "seeds": [0]})
+    good = [{"name": name, "cfg": str(cfg), "overrides": {"criterion": name}, "seeds": [0]} for name in ("bce", "ce")]
+    path = write_runs(tmp_path, bad, *good)
     runner = start(path, "--jobs", "2")
     output, _ = runner.communicate(timeout=240)
     assert runner.returncode == 1, output
     assert "trial_bad_seed0: ended with status 2, see" in output
-    assert "finished trial_tm_seed0" in output
+    assert "finished trial_ce_seed0" in output
+    photos = Image.open(tmp_path / "out" / "experiments_photos.jpg")  # photo, truth, two networks; two photos
+    assert photos.width == 4 * 204
+    assert photos.height > 2 * 204

@@ -1,12 +1,13 @@
-"""Compares evaluated experiments: configs, scores, differences with their uncertainty, curves.
+"""Compares evaluated experiments: configs, scores, differences with their uncertainty, curves, photos.
 
     python tools/compare.py hseg_bce_100 hseg_tree_min_100
-    python tools/compare.py experiments/bce_seed* experiments/tree_min_seed* --out docs/losses
+    python tools/compare.py experiments/bce_seed* experiments/tree_min_seed* --out outputs/losses
     python tools/compare.py a b --evaluation last --decode leaf
 
 Experiments that differ only in their seed, trained by equally many processes, form a group; the first is the
-baseline. Writes comparison.md (ready for a README), comparison.html (one file, pictures inside), comparison.json and
-a picture of each curve. The evaluations are those of evaluate.py.
+baseline. Writes comparison.html (one file, pictures inside), comparison.md (ready for a README), comparison.tex,
+comparison.json, a picture of each curve, and the photos on which the networks differ most. The evaluations are those
+of evaluate.py.
 """
 
 import argparse
@@ -15,123 +16,83 @@ import html
 import json
 import math
 import sys
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+from PIL import Image
+
 from configs.config import DECODE_RULES
 from manage.charts import Interval, interval_chart, line_chart
 from manage.comparison import (
     CONFIDENCE,
-    RESAMPLES,
     Comparison,
+    Experiment,
     Group,
     compare,
     load_experiment,
     mean_and_spread,
     points,
 )
+from manage.predictor import Predictor
+from utils import visualize
 from utils.cli import progress, run_main
+from utils.dataset import find_samples
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import write_json, write_whole
+from utils.images import read_labels, read_photo
+
+PHOTOS = 6  # side by side
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", metavar="EXP", help="an experiment's folder, or name")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/comparison"), metavar="D", help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, default="outputs/comparison", metavar="D", help="default: %(default)s")
     parser.add_argument("--evaluation", default="best", metavar="E", help="best, last, ...: which evaluation")
     parser.add_argument("--decode", choices=DECODE_RULES, help="another rule; default: as each was evaluated")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N", help="of the photos (%(default)s)")
     arguments = parser.parse_args()
-    if arguments.resamples < 100:
-        raise UserError(f"--resamples {arguments.resamples}: expected at least 100, for an interval")
     bar = progress(arguments.experiments, desc="read", leave=False)
     experiments = [load_experiment(name, arguments.evaluation, arguments.decode) for name in bar]
-    comparison = compare(experiments, arguments.resamples)
-    for line in [*_score_lines(comparison), *verdicts(comparison)]:
-        print(line)
-    for path in write_report(comparison, arguments.out, "comparison", "Comparison", with_page=True):
-        print(f"wrote {path}")
+    write_report(compare(experiments), arguments.out, "comparison", "Comparison")
 
 
-def write_report(
-    comparison: Comparison, out: Path, stem: str, title: str, notes: Sequence[str] = (), with_page: bool = False
-) -> list[Path]:
-    """Writes the pictures, <stem>.md and, with a page, <stem>.html and <stem>.json; returns their paths.
+def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes: Sequence[str] = ()) -> None:
+    """Prints the scores; writes the pictures, <stem>.html, <stem>.md, <stem>.tex and <stem>.json.
 
     Raises: UserError when `out` cannot be written.
     """
+    for line in [*in_columns(score_table(comparison)), *verdicts(comparison)]:
+        print(line)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        differences = draw_differences(comparison, out, stem)
-        pictures = draw_curves(comparison, out, stem)
-        blocks = report(comparison, title, notes, differences, pictures)
-        written = [
-            *(picture.path for picture in (*differences, *pictures)),
-            _write(out / f"{stem}.md", to_markdown(blocks)),
-        ]
-        if with_page:
-            written.append(_write(out / f"{stem}.html", to_html(blocks, title)))
-            write_json(to_record(comparison), out / f"{stem}.json")
-            written.append(out / f"{stem}.json")
+        blocks = report(comparison, title, notes, out / stem)
+        write_whole(to_html(blocks, title), out / f"{stem}.html")
+        write_whole(to_markdown(blocks), out / f"{stem}.md")
+        tables = [block for block in blocks if isinstance(block, Table)][: 2 if comparison.differences else 1]
+        write_whole("\n".join(map(to_latex, tables)), out / f"{stem}.tex")
+        write_json(to_record(comparison) | {"notes": list(notes)}, out / f"{stem}.json")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
-    return written
-
-
-def _write(path: Path, text: str) -> Path:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-    return path
+    print(f"wrote {out / stem}.html, .md, .tex and .json")
 
 
 # ---- what a report says, in blocks that become Markdown or HTML --------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True)
-class Items:
-    """Plain sentences, one a line."""
-
-    sentences: list[str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """First column names, the others numbers."""
-
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    path: Path
-
-
+Heading = namedtuple("Heading", "text")
+Items = namedtuple("Items", "sentences")  # plain, one a line
+Table = namedtuple("Table", "header rows")  # the first column names, the others are numbers
+Picture = namedtuple("Picture", "title path")
 Block = Heading | Items | Table | Picture
 
 
-def report(
-    comparison: Comparison,
-    title: str,
-    notes: Sequence[str],
-    differences: Sequence[Picture],
-    pictures: Sequence[Picture],
-) -> list[Block]:
-    """The whole report."""
+def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path) -> list[Block]:
+    """The whole report; its pictures are drawn to files whose names begin with `path`."""
     photos = len(comparison.experiments[0].ids)
     seeds = "mean ± standard deviation over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else "one seed"
     about = f"Scores in percent on {photos:,} whole val photos, {seeds}. mIoU leaves background out."
@@ -139,18 +100,22 @@ def report(
     if comparison.differences:
         method = (
             f"Differences in points; {CONFIDENCE:.0%} interval from a paired bootstrap over the val photos. Better or "
-            "worse is said where the interval leaves out 0 and all seeds agree in sign."
+            "worse is said where the interval leaves out 0, all seeds agree in sign, and p is below "
+            f"{1 - CONFIDENCE:.2f} after it was adjusted for the {len(comparison.differences)} comparisons that were "
+            "made (Holm)."
         )
-        blocks += [Heading("Differences"), Items(verdicts(comparison)), *differences]
-        blocks += [difference_table(comparison), Items([method])]
-    for level in comparison.hierarchy.level_names:
-        blocks += [Heading(f"IoU per class: {level}"), class_table(comparison, level)]
-    if (rules := rule_table(comparison)) is not None:
-        blocks += [Heading("Decoding rules (mIoU1)"), rules]
-    if pictures:
-        blocks += [Heading("Curves"), *pictures]
+        blocks += [Heading("Differences"), Items(verdicts(comparison)), *draw_differences(comparison, path)]
+        blocks += [difference_table(comparison), Items([method]), *all_pairs(comparison)]
+    if len(comparison.groups) > 1:
+        blocks += side_by_side(comparison, path)
+    for level in range(comparison.hierarchy.num_levels):
+        name = comparison.hierarchy.level_names[level]
+        blocks += [Heading(f"IoU per class: {name}"), class_table(comparison, level)]
+    blocks += [*rule_table(comparison), Heading("Curves"), *draw_curves(comparison, path)]
     if comparison.differing:
-        blocks += [Heading("What differs in the configs"), config_table(comparison)]
+        rows = [[key, *(json.dumps(value) for value in values)] for key, values in comparison.differing.items()]
+        header = ["key", *(group.label for group in comparison.groups)]
+        blocks += [Heading("What differs in the configs"), Table(header, rows)]
     return [*blocks, Heading("Runs"), run_table(comparison)]
 
 
@@ -164,48 +129,56 @@ def score_table(comparison: Comparison) -> Table:
 
 
 def difference_table(comparison: Comparison) -> Table:
+    """Every group against the first."""
     rows = []
     for d in comparison.differences:
-        per_seed = ", ".join(points(value) for value in d.by_seed.values()) or "-"
-        spread = mean_and_spread(list(d.by_seed.values()))[1]
-        between = f"{points(d.low)} to {points(d.high)}"
-        numbers = [points(d.value), between, per_seed, _percent(spread)]
-        rows.append([d.second, d.first, d.score, *numbers, d.verdict])
-    header = ["", "against", "score", "difference", f"{CONFIDENCE:.0%} over photos", "each seed", "std over seeds"]
+        if d.first == comparison.groups[0].label:
+            between = f"{points(d.low)} to {points(d.high)}"
+            per_seed = ", ".join(points(value) for value in d.by_seed.values()) or "-"
+            rows.append([d.second, d.first, d.score, points(d.value), between, per_seed, f"{d.p:.2g}", d.verdict])
+    header = ["", "against", "score", "difference", f"{CONFIDENCE:.0%} over photos", "each seed", "p (Holm)"]
     return Table([*header, "verdict"], rows)
 
 
-def class_table(comparison: Comparison, level_name: str) -> Table:
-    index = comparison.hierarchy.level_names.index(level_name)
+def all_pairs(comparison: Comparison) -> list[Block]:
+    """Where there are more than two groups, the differences of all of them."""
+    labels = [group.label for group in comparison.groups]
+    blocks: list[Block] = []
+    for level, name in enumerate(comparison.hierarchy.level_names if len(labels) > 2 else [], start=1):
+        cells = {}
+        for d in comparison.differences:
+            if d.score == f"mIoU{level}":
+                star = " *" if d.verdict in ("better", "worse") else ""
+                cells[d.second, d.first], cells[d.first, d.second] = points(d.value) + star, points(-d.value) + star
+        rows = [[row, *(cells.get((row, column), "") for column in labels)] for row in labels]
+        blocks += [Heading(f"All pairs, mIoU{level} ({name}): row minus column; *: better or worse")]
+        blocks += [Table(["", *labels], rows)]
+    return blocks
+
+
+def class_table(comparison: Comparison, level: int) -> Table:
     rows = []
-    for name in comparison.experiments[0].result["levels"][index]["IoU"]:
-        values = [[e.result["levels"][index]["IoU"][name] for e in group.experiments] for group in comparison.groups]
+    for name in comparison.experiments[0].levels[level]["IoU"]:
+        values = [[e.levels[level]["IoU"][name] for e in group.experiments] for group in comparison.groups]
         rows.append([name, *map(_mean, values)])
     return Table(["class", *(group.label for group in comparison.groups)], rows)
 
 
-def rule_table(comparison: Comparison) -> Table | None:
-    """mIoU1 of each group under each decoding rule that all were scored with; None if that is one rule."""
+def rule_table(comparison: Comparison) -> list[Block]:
+    """mIoU1 of each group under each decoding rule that all were scored with, if these are several."""
     shared = [r for r in DECODE_RULES if all(r in e.record["rules"] for e in comparison.experiments)]
-    if len(shared) < 2:
-        return None
     rows = []
     for group in comparison.groups:
         values = [[e.record["rules"][rule]["mIoU1"] for e in group.experiments] for rule in shared]
         rows.append([group.label, *map(_mean, values), group.experiments[0].rule])
-    return Table(["", *shared, "decoded by"], rows)
-
-
-def config_table(comparison: Comparison) -> Table:
-    rows = [[key, *(json.dumps(value) for value in values)] for key, values in comparison.differing.items()]
-    return Table(["key", *(group.label for group in comparison.groups)], rows)
+    table = Table(["", *shared, "decoded by"], rows)
+    return [Heading("Decoding rules (mIoU1)"), table] if len(shared) > 1 else []
 
 
 def run_table(comparison: Comparison) -> Table:
     rows = []
     for e in comparison.experiments:
-        seconds = e.curves[-1].get("train_seconds") if e.curves else None
-        minutes = "-" if seconds is None else f"{seconds / 60:.1f}"
+        minutes = "-" if e.train_seconds is None else f"{e.train_seconds / 60:.1f}"
         epoch = f"{e.record['epoch']} of {e.config['n_epochs']}"
         rows.append([e.name, str(e.seed), epoch, minutes, e.said("commit"), e.said("hardware")])
     return Table(["run", "seed", "epoch", "train minutes", "commit", "hardware"], rows)
@@ -219,34 +192,24 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 def to_record(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON types; scores in [0, 1]."""
-    differences = [
-        {
-            "first": d.first,
-            "second": d.second,
-            "score": d.score,
-            "difference": _finite(d.value),
-            "interval_over_photos": [_finite(d.low), _finite(d.high)],
-            "by_seed": {str(seed): value for seed, value in d.by_seed.items()},
-            "verdict": d.verdict,
-            "sentence": d.sentence,
-        }
-        for d in comparison.differences
-    ]
-    groups = [_group_record(group) for group in comparison.groups]
-    return {"photos": len(comparison.experiments[0].ids), "groups": groups, "differences": differences}
+    differences = [vars(d) | {"verdict": d.verdict, "sentence": d.sentence} for d in comparison.differences]
+    differences = [{k: None if v != v else v for k, v in record.items()} for record in differences]  # NaN is no JSON
+    groups, runs = [], []
+    for group in comparison.groups:
+        spreads = {name: mean_and_spread(group.values(name)) for name in group.experiments[0].scores}
+        scores = {name: {"mean": mean, "std": spread} for name, (mean, spread) in spreads.items()}
+        names = [e.name for e in group.experiments]
+        groups.append({"name": group.label, "runs": names, "seeds": group.seeds, "scores": scores})
+        for e in group.experiments:
+            classes = {f"level{n}": level["IoU"] for n, level in enumerate(e.levels, start=1)}
+            own = {"name": e.name, "seed": e.seed, "decode": e.rule, "rules": e.record["rules"], "classes": classes}
+            runs.append(own | {"train_seconds": e.train_seconds, "commit": e.said("commit")})
+    photos = len(comparison.experiments[0].ids)
+    return {"photos": photos, "groups": groups, "differences": differences, "runs": runs}
 
 
-def _group_record(group: Group) -> dict[str, Any]:
-    scores = {}
-    for name in group.experiments[0].scores:
-        mean, spread = mean_and_spread(group.values(name))
-        scores[name] = {"mean": mean, "std": spread}
-    return {"name": group.label, "runs": [e.name for e in group.experiments], "seeds": group.seeds, "scores": scores}
-
-
-def _score_lines(comparison: Comparison) -> list[str]:
-    """The score table for a terminal, in columns."""
-    table = score_table(comparison)
+def in_columns(table: Table) -> list[str]:
+    """For a terminal."""
     lines = [table.header, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
@@ -254,75 +217,88 @@ def _score_lines(comparison: Comparison) -> list[str]:
 
 def _mean(values: Sequence[float | None]) -> str:
     """`41.20 ± 0.31`, in percent."""
-    mean, spread = mean_and_spread(values)
-    return _percent(mean) if spread is None else f"{_percent(mean)} ± {_percent(spread)}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    mean, spread = (None if v is None else f"{100 * v:.2f}" for v in mean_and_spread(values))
+    return "-" if mean is None else mean if spread is None else f"{mean} ± {spread}"
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
-def draw_differences(comparison: Comparison, out: Path, stem: str) -> list[Picture]:
-    """Each group against the first at each level: difference, interval over photos, a ring for each seed.
-
-    One seed leaves the seed's part unknown, so such a difference stays grey.
-    """
+def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
+    """Each group against the first at each level: difference, interval over photos, a ring for each seed."""
     baseline, rows = comparison.groups[0].label, {}
     for d in comparison.differences:
         if d.first == baseline and all(map(math.isfinite, (d.value, d.low, d.high))):
             numbers = [100 * value for value in (d.value, d.low, d.high)]
-            seeds = [100 * value for value in d.by_seed.values()]
-            row = Interval(d.second, *numbers, seeds, d.verdict in ("better", "worse") and len(seeds) > 1)
+            row = Interval(d.second, *numbers, [100 * value for value in d.by_seed.values()], d.is_claim)
             rows.setdefault(f"{d.score} ({d.level_name})", []).append(row)
     if not rows:
         return []
-    path = out / f"{stem}_differences.png"
-    unit = f"points; bar: {CONFIDENCE:.0%} over photos; ring: one seed; coloured: bar clear of 0, several seeds agree"
-    interval_chart(rows, path, f"difference from {baseline}", unit)
-    return [Picture("differences", path)]
+    picture = Picture("differences", path.with_name(f"{path.name}_differences.png"))
+    unit = f"points; bar: {CONFIDENCE:.0%} over photos; ring: one seed; coloured: better or worse, with several seeds"
+    interval_chart(rows, picture.path, f"difference from {baseline}", unit)
+    return [picture]
 
 
-def draw_curves(comparison: Comparison, out: Path, stem: str) -> list[Picture]:
+def draw_curves(comparison: Comparison, path: Path) -> list[Picture]:
     """loss_train and the mIoU of each level: mean over seeds, and their range as a band."""
     pictures = []
-    losses_differ = "criterion" in comparison.differing
-    levels = range(1, comparison.hierarchy.num_levels + 1)
-    for name, factor in [("loss_train", 1), *((f"mIoU{level}", 100) for level in levels)]:
-        series, bands = {}, {}
-        for group in comparison.groups:
-            band = curve(group, name, factor)
-            if band:
-                series[group.label] = [(epoch, mean) for epoch, mean, _, _ in band]
-                bands[group.label] = [(epoch, low, high) for epoch, _, low, high in band]
-        if not series:
-            continue
-        path = out / f"{stem}_{name}.png"
-        unit = " (%), val" if factor == 100 else ", each of its own criterion" if losses_differ else ""
-        shade = "; shaded: range over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else ""
-        line_chart(series, path, name, "epoch", f"{name}{unit}{shade}", bands)
-        pictures.append(Picture(name, path))
+    for name in ("loss_train", *(f"mIoU{level + 1}" for level in range(comparison.hierarchy.num_levels))):
+        factor, unit = (1, ", each of its own criterion") if name == "loss_train" else (100, " (%), val")
+        bands = {group.label: curve(group, name, factor) for group in comparison.groups}
+        series = {label: [(epoch, mean) for epoch, mean, _, _ in band] for label, band in bands.items() if band}
+        if series:
+            picture = Picture(name, path.with_name(f"{path.name}_{name}.png"))
+            shade = "; shaded: range over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else ""
+            ranges = {label: [(epoch, low, high) for epoch, _, low, high in band] for label, band in bands.items()}
+            line_chart(series, picture.path, name, "epoch", f"{name}{unit}{shade}", ranges)
+            pictures.append(picture)
     return pictures
 
 
 def curve(group: Group, name: str, factor: float) -> list[tuple[int, float, float, float]]:
     """(epoch, mean, lowest, highest) over the seeds, at the epochs that all of them have."""
-    runs = []
-    for experiment in group.experiments:
-        values = {record["epoch"]: record.get(name) for record in experiment.curves}
-        runs.append({epoch: value for epoch, value in values.items() if value is not None})
-    epochs = sorted(set.intersection(*map(set, runs)))
-    columns = [[factor * run[epoch] for run in runs] for epoch in epochs]
-    return [(epoch, sum(c) / len(c), min(c), max(c)) for epoch, c in zip(epochs, columns, strict=True)]
+    runs = [{r["epoch"]: factor * r[name] for r in e.curves if r.get(name) is not None} for e in group.experiments]
+    columns = {epoch: [run[epoch] for run in runs] for epoch in sorted(set.intersection(*map(set, runs)))}
+    return [(epoch, sum(c) / len(c), min(c), max(c)) for epoch, c in columns.items()]
 
 
-# ---- Markdown and HTML -------------------------------------------------------------------------------------------
+def side_by_side(comparison: Comparison, path: Path) -> list[Block]:
+    """The photos on which the groups' pixel accuracies differ most, each with what every group's first run says."""
+    first = [group.experiments[0] for group in comparison.groups]
+    hits = np.stack([e.matrices.diagonal(axis1=1, axis2=2).sum(1) for e in first])  # (G, P)
+    accuracy = hits / np.maximum(first[0].matrices.sum(axis=(1, 2)), 1)
+    chosen = [first[0].ids[i] for i in np.argsort(-np.ptp(accuracy, axis=0), kind="stable")[:PHOTOS]]
+    try:
+        sheet = draw_photos(first, [group.label for group in comparison.groups], chosen)
+    except UserError as error:
+        print(f"no photos side by side: {error}")
+        return []
+    picture = Picture("photos side by side", path.with_name(f"{path.name}_photos.jpg"))
+    Image.fromarray(sheet).save(picture.path, quality=88)
+    return [Heading("Where the networks differ most"), picture]
+
+
+def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: Sequence[str]) -> np.ndarray:
+    """A row a photo: photo, truth, and what each network says. Shape: -> (h, w, 3) uint8.
+
+    Raises: UserError when a checkpoint or a photo is no longer there.
+    """
+    rows: list[list[np.ndarray]] = []
+    for e in experiments:
+        checkpoint = e.folder / "models_checkpoints" / e.record["checkpoint"]
+        predictor = Predictor.load(checkpoint, decode=e.rule)
+        files = find_samples(ids, predictor.config.images_dir, predictor.config.labels_dir)
+        if not rows:
+            photos = [np.array(read_photo(file.photo)) for file in files]
+            truths = [read_labels(file.labels) for file in files]
+            rows = [[p, visualize.overlay(p, t, e.hierarchy)] for p, t in zip(photos, truths, strict=True)]
+        for row, file in zip(rows, files, strict=True):
+            row.append(visualize.overlay(row[0], predictor.predict_file(file.photo).leaves, e.hierarchy))
+    return visualize.gallery(rows, ["photo", "truth", *labels], experiments[0].hierarchy)
+
+
+# ---- Markdown, HTML, LaTeX ---------------------------------------------------------------------------------------
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -343,6 +319,15 @@ def _markdown(block: Block, is_first: bool) -> str:
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def to_latex(table: Table) -> str:
+    """For \\usepackage{booktabs}."""
+    escapes = {c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "\\": "\\textbackslash{}"}
+    lines = [" & ".join(cell.translate(str.maketrans(escapes)) for cell in row) for row in (table.header, *table.rows)]
+    columns = f"l{'r' * (len(table.header) - 1)}"
+    body = [lines[0] + " \\\\", "\\midrule", *(f"{line} \\\\" for line in lines[1:])]
+    return "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}", ""])
+
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }
 h1, h2 { font-weight: 600; line-height: 1.2; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.2rem; }
@@ -354,14 +339,25 @@ p { max-width: 60rem; } img { max-width: 100%; height: auto; } li { margin: .2re
 """
 
 
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
 def to_html(blocks: Sequence[Block], title: str) -> str:
     """One file that needs nothing else: pictures are inside."""
     body = "\n".join(_html(block, is_first=number == 0) for number, block in enumerate(blocks))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
 
 
 def _html(block: Block, is_first: bool) -> str:
@@ -370,12 +366,10 @@ def _html(block: Block, is_first: bool) -> str:
             tag = "h1" if is_first else "h2"
             return f"<{tag}>{html.escape(text)}</{tag}>"
         case Items(sentences):
-            if len(sentences) == 1:
-                return f"<p>{html.escape(sentences[0])}</p>"
             return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
         case Picture(name, path):
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
+            data, kind = base64.b64encode(path.read_bytes()).decode("ascii"), path.suffix[1:].replace("jpg", "jpeg")
+            return f'<p><img alt="{html.escape(name)}" src="data:image/{kind};base64,{data}"></p>'
         case Table(header, rows):
             head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
             lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)

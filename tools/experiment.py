@@ -188,8 +188,8 @@ def write_results(file: Path, entries: Sequence[Entry], out: Path) -> None:
         notes += [f"Chosen for {name} on the held-out photos: {chosen}."] if chosen else []
     if missing := sum(len(entry.seeds) for entry in entries) - len(finished):
         notes.append(f"{missing} runs are not finished.")
-    for path in write_report(compare(finished), out, "experiments", f"Experiments: {file.stem}", notes, with_page=True):
-        print(f"wrote {path}")
+    comparison = compare(finished, names={run.name: run.entry for run in final_runs(entries)})
+    write_report(comparison, out, "experiments", f"Experiments: {file.stem}", notes)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,13 @@ def panel_header(hierarchy: Hierarchy, side: int = 200) -> np.ndarray:
     return _titles(titles, side)
 
 
+def gallery(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], hierarchy: Hierarchy) -> np.ndarray:
+    """Rows of pictures under titles, and a legend. Shape: (h, w, 3) uint8 each -> (h, w, 3) uint8."""
+    side = 200
+    framed = [np.concatenate([_framed(thumbnail(cell, side), side) for cell in row], axis=1) for row in rows]
+    return stack([_titles(titles, side), *framed, legend(hierarchy, framed[0].shape[1])])
+
+
 def _cells(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:
     """The label map of each level in colour."""
     maps = [colour_map(hierarchy.level_of(labels, level), hierarchy) for level in range(hierarchy.num_levels)]
