@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from tools.make_sample_data import CLASSES, Settings, draw_sample, make_data_set, sample_id
+from utils.classes import read_classes
 from utils.errors import UserError
 from utils.ids import read_ids
 from utils.images import read_labels, read_photo
-from utils.pascal_part import read_classes
 
 
 def files_of(folder):
@@ -22,7 +22,7 @@ def test_the_layout_is_that_of_the_real_set(sample_data, tree):
         labels = read_labels(sample_data / "gt_masks" / f"{sample}.png")
         assert read_photo(sample_data / "JPEGImages" / f"{sample}.jpg").size == labels.shape[::-1]
         assert min(labels.shape) == 64
-    assert read_classes(sample_data / "classes.txt", tree.names) == {leaf: tree.names[leaf] for leaf in tree.leaves}
+    assert read_classes(sample_data / "classes.txt", tree.names) == {str(v): tree.names[v] for v in tree.leaves}
 
 
 def test_every_part_is_drawn_and_no_label_is_mixed(sample_data):

@@ -92,7 +92,7 @@ class _Run:
 
     def __init__(self, masks_dir: Path, save_dir: Path, hierarchy: "Hierarchy", wishes: Wishes) -> None:
         self.save_dir, self.hierarchy, self.wishes = save_dir, hierarchy, wishes
-        self.rules = Rules(_reader(hierarchy, wishes), masks_dir, save_dir, wishes.obey_exif)
+        self.rules = Rules(mask_reader(hierarchy, wishes.classes, wishes.by), masks_dir, save_dir, wishes.obey_exif)
         self.head = {
             "format": FORMAT,
             "tree": hierarchy.name,
@@ -113,7 +113,7 @@ class _Run:
         ours = {*last["files"], *last.get("writing", ())}
         remove_unfinished(self.save_dir)
         _set_aside([path for path in sorted(self.save_dir.glob("[!.]*.png")) if path.stem not in ours], self.save_dir)
-        jobs = [Job(i, paths, _photo(photos, i), old.get(i) or None) for i, paths in masks.items()]
+        jobs = [Job(i, paths, photos.find_or_why(i), old.get(i) or None) for i, paths in masks.items()]
         self.files = {job.sample_id: job.old for job in jobs if job.old}
         self.faults = {i: f"id '{i}' has no mask" for i in self.wishes.ids or () if i not in masks}
         claim = partial(self._write, complete=False, writing=sorted({*masks, *ours}))
@@ -189,19 +189,12 @@ class _Run:
                 print(f"note: {len(found)} masks {what} (the first: {first})", file=sys.stderr)
 
 
-def _reader(hierarchy: "Hierarchy", wishes: Wishes) -> MaskReader:
+def mask_reader(hierarchy: "Hierarchy", classes: dict[str, str] | None, by: str) -> MaskReader:
+    """What turns masks, whose values are `classes` of the tree (None: its ids), into labels."""
     label_of = {name: label for label, name in enumerate(hierarchy.names)} | {VOID: hierarchy.ignore_index}
-    classes = wishes.classes and {value: label_of[name] for value, name in wishes.classes.items()}
-    labels = (*range(hierarchy.num_nodes), hierarchy.ignore_index)
-    return MaskReader(hierarchy.name, labels, hierarchy.ignore_index, hierarchy.colours, classes, wishes.by)
-
-
-def _photo(photos: PhotoFolder, sample_id: str) -> Path | str:
-    """The photo of an id, or why there is none."""
-    try:
-        return photos.find(sample_id)
-    except UserError as error:
-        return str(error)
+    labels = classes and {value: label_of[name] for value, name in classes.items()}
+    known = (*range(hierarchy.num_nodes), hierarchy.ignore_index)
+    return MaskReader(hierarchy.name, known, hierarchy.ignore_index, hierarchy.colours, labels, by)
 
 
 def _last_record(save_dir: Path) -> dict[str, Any]:

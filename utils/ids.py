@@ -107,6 +107,13 @@ class PhotoFolder:
             raise UserError(f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)}")
         return found[0]
 
+    def find_or_why(self, sample_id: str) -> Path | str:
+        """The photo of an id, or why there is none."""
+        try:
+            return self.find(sample_id)
+        except UserError as error:
+            return str(error)
+
 
 def files_below(folder: str | Path, suffixes: Sequence[str]) -> list[Path]:
     """The files of these suffixes in a folder, sorted; where it holds none, those of the folders below it.
