@@ -108,6 +108,8 @@ def train_loader(
     config: Config, hierarchy: Hierarchy, rank: int, world: int, device: torch.device = CPU
 ) -> tuple[TrainLoader, EpochBatches]:
     """The loader of random views on `device`, and the sampler that says which epoch it reads."""
+    if config.hflip > 0:
+        hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
     files = find_samples(read_split(config, "train"), config.images_dir, config.labels_dir)
     views = RandomViews(
         config.crop_size,
@@ -117,6 +119,9 @@ def train_loader(
         config.hflip,
         config.rotation,
         config.color_jitter,
+        mirror=None
+        if hierarchy.mirror is None
+        else torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)]),
         device=device,
     )
     photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)

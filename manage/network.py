@@ -201,4 +201,5 @@ def _beside_fingerprint(hierarchy: Hierarchy) -> dict:
         "ignore_index": hierarchy.ignore_index,
         "levels": list(hierarchy.level_names),
         "background": [hierarchy.names[v] for v in sorted(hierarchy.background)],
+        "mirror": {hierarchy.names[v]: name for v, name in hierarchy.mirrors.items()},
     }

@@ -69,7 +69,9 @@ def how_to_feed(trained_with: Config, h: Hierarchy, tta: str | None = None, tile
         raise UserError(f"tta {tta!r}: expected one of {', '.join(SCALES)}")
     if tile is not None and tile < SMALLEST_TILE:
         raise UserError(f"tile {tile}: expected at least {SMALLEST_TILE} pixels, the side of a window")
-    return {"tta": tta, "tile": tile, "mirror": getattr(h, "mirror", None)}
+    if tta != "off":
+        h.check_sides("the checkpoint's tree", "leave out tta")
+    return {"tta": tta, "tile": tile, "mirror": h.mirror}
 
 
 @dataclass

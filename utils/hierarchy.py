@@ -10,7 +10,8 @@ from 0 (`level_classes[0]` is level 1); only names shown to people (`mIoU1`) cou
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from utils.errors import UserError
 
 TAKEN_FOLDERS = ("overlay", "report", "scores")  # beside those of the levels
 TREE_KEYS = {"name", "ignore_index", "levels", "nodes"}
-NODE_KEYS = {"id", "name", "parent", "colour", "background"}
+NODE_KEYS = {"id", "name", "parent", "colour", "background", "mirror"}
 MAX_LABEL = 65535  # a mask is a PNG of 8 or 16 bits
+_RIGHT = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
+_SIDES = re.compile(r"left|Left|LEFT|(?<![A-Za-z])[lL](?![A-Za-z])")
 
 
 class Hierarchy:
@@ -42,6 +45,7 @@ class Hierarchy:
         level_names: Sequence[str],
         ignore_index: int = 255,
         background: Sequence[int] = (),
+        mirrors: Mapping[int, str] | None = None,
         source: str = "tree",
     ) -> None:
         self.name = name
@@ -51,6 +55,7 @@ class Hierarchy:
         self.level_names = tuple(level_names)
         self.ignore_index = ignore_index
         self.background = frozenset(background)
+        self.mirrors = dict(mirrors or {})  # node -> the name of the node that it is in a mirror
 
         self.num_nodes = len(self.names)
         self.children = _children(self.parents)
@@ -62,6 +67,7 @@ class Hierarchy:
         self.level_tables = tuple(self._level_table(level) for level in range(self.num_levels))
         self.level_classes = tuple(sorted({table[leaf] for leaf in self.leaves}) for table in self.level_tables)
         self._check(source)
+        self.mirror = _mirror_table(self.names, self.parents, self.mirrors, source)
         self._cache: dict[Hashable, Tensor] = {}
 
     # ---- reading and writing -------------------------------------------------------------------------------
@@ -96,6 +102,7 @@ class Hierarchy:
             level_names=tree["levels"] if isinstance(tree["levels"], list) else [tree["levels"]],
             ignore_index=tree["ignore_index"],
             background=[node["id"] for node in nodes if node.get("background", False)],
+            mirrors={node["id"]: node["mirror"] for node in nodes if node.get("mirror") is not None},
             source=source,
         )
 
@@ -109,13 +116,31 @@ class Hierarchy:
                 "parent": self.parents[v],
                 "colour": list(self.colours[v]),
             }
-            nodes.append(node | ({"background": True} if v in self.background else {}))
+            node |= {"background": True} if v in self.background else {}
+            nodes.append(node | ({"mirror": self.mirrors[v]} if v in self.mirrors else {}))
         return {
             "name": self.name,
             "ignore_index": self.ignore_index,
             "levels": list(self.level_names),
             "nodes": nodes,
         }
+
+    def check_sides(self, source: str, way_out: str) -> None:
+        """Before photos are mirrored. Raises: UserError where names differ as left and right do, and name no mirror."""
+        if pairs := self._sides_without_mirror():
+            lines = "".join(f'\n  {a}: "mirror": "{b}"\n  {b}: "mirror": "{a}"' for a, b in pairs)
+            raise UserError(
+                f"{source}: {pairs[0][0]!r} and {pairs[0][1]!r} look like two sides, which swap in a mirrored photo, "
+                f"but the tree does not say so. Add to the nodes:{lines}\n(or each node's own name where nothing "
+                f"swaps), or {way_out}"
+            )
+
+    def _sides_without_mirror(self) -> list[tuple[str, str]]:
+        pairs = [(name, _SIDES.sub(lambda m: _RIGHT[m[0]], name)) for name in self.names if _SIDES.search(name)]
+        short = [(name, "r" + name[1:]) for name in self.names if name[0] == "l" and "r" + name[1:] in self.names]
+        pairs += short if len(short) > 1 else []  # leye and reye, lhand and rhand; land and rand alone say nothing
+        named = {self.names[v] for v in self.mirrors}
+        return [pair for pair in dict.fromkeys(pairs) if pair[1] in self.names and not named & {*pair}]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -314,6 +339,32 @@ def _paths(parents: tuple[int | None, ...], names: tuple[str, ...], source: str)
     return tuple(paths)
 
 
+def _mirror_table(
+    names: tuple[str, ...], parents: tuple[int | None, ...], mirrors: dict[int, str], source: str
+) -> tuple[int, ...] | None:
+    """Node -> the node that it is in a mirror, itself where it names none; None where no two nodes swap.
+
+    Raises: UserError where that would not give a tree again.
+    """
+    table = list(range(len(names)))
+    for v, name in mirrors.items():
+        where = f"{source}: node {v} ({names[v]}) names the mirror {name!r}"
+        if name not in names:
+            raise UserError(f"{where}, which is no node; the nodes are {', '.join(names)}")
+        table[v] = names.index(name)
+        if mirrors.get(table[v]) != names[v]:
+            raise UserError(f'{where}, which does not name it back: give that node "mirror": "{names[v]}"')
+    for v, w in enumerate(table):
+        above = None if parents[v] is None else table[parents[v]]
+        if parents[w] != above:
+            wanted = "a root" if above is None else f"below {names[above]!r}"
+            raise UserError(
+                f"{source}: the mirror of node {v} ({names[v]}) is {names[w]!r}, which is not {wanted}; two nodes that "
+                "swap stand below one parent, or below two that swap"
+            )
+    return None if table == list(range(len(names))) else tuple(table)
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
@@ -334,7 +385,7 @@ def _check_keys(record: Any, allowed: set[str], required: set[str], where: str) 
 
 def _check_node(node: Any, where: str) -> None:
     """What one node alone can show."""
-    _check_keys(node, NODE_KEYS, NODE_KEYS - {"background"}, where)
+    _check_keys(node, NODE_KEYS, NODE_KEYS - {"background", "mirror"}, where)
     where = f"{where}, id {node['id']!r}, name {node['name']!r}"
     if not _is_int(node["id"]):
         raise UserError(f"{where}: 'id' must be an integer")
@@ -347,6 +398,8 @@ def _check_node(node: Any, where: str) -> None:
         raise UserError(f"{where}: 'colour' is {colour!r}; it must be [red, green, blue], integers from 0 to 255")
     if not isinstance(node.get("background", False), bool):
         raise UserError(f"{where}: 'background' must be true or false")
+    if node.get("mirror") is not None and not _is_text(node["mirror"]):
+        raise UserError(f"{where}: 'mirror' must be the name of a node")
 
 
 def _in_id_order(nodes: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:

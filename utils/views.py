@@ -49,7 +49,7 @@ class RandomViews:
 
     def __post_init__(self) -> None:
         self.blank = torch.tensor(self.colour, dtype=torch.uint8, device=self.device).view(3, 1, 1)
-        self.mirror = self.mirror if self.mirror is None else self.mirror.to(self.device)
+        self.mirror = self.mirror if self.mirror is None else self.mirror.to(self.device, torch.uint8)
 
     def draw(self, seed: int, width: int, height: int) -> View:
         """A random view of a photo of that size; equal seeds draw equal views."""
