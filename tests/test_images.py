@@ -72,7 +72,8 @@ def test_12_bit_values_in_a_16_bit_photo_are_refused_by_name(tmp_path, mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation):
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation, suffix):
     upright = np.zeros((24, 48, 3), np.uint8)
     upright[:8, :16] = 255  # a mark at the top left
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that the camera did
@@ -81,7 +82,7 @@ def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation):
         stored = stored.transpose(undo[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = save(tmp_path / "a.jpg", stored, exif=exif, quality=95)
+    path = save(tmp_path / f"a{suffix}", stored, exif=exif, quality=95)
     photo = np.asarray(read_photo(path), int)
     assert photo_size(path) == (48, 24)
     assert photo.shape == upright.shape

@@ -174,12 +174,18 @@ def test_values_are_merged_by_their_classes(encode):
 
 def test_16_bit_png_values_are_merged_by_their_classes(encode, tree):
     values = np.where(LABELS == 255, 40000, LABELS.astype(np.uint16))
-    names = {str(v): name for v, name in enumerate(tree.names[:7])}
+    names = {str(v): name for v, name in enumerate(tree.names[:7])} | {"99": "head"}
     assert (
         encode(lambda folder: Image.fromarray(values).save(folder / "a.png"), names | {"*": "void"}) == LABELS
     ).all()
     with pytest.raises(UserError, match=r"label 40000 at row 1, column 2 \(1 pixels\) is not in classes\.txt"):
         encode(lambda folder: Image.fromarray(values).save(folder / "a.png"), names)
+
+
+def test_a_class_list_of_the_tree_s_own_ids_leaves_inner_nodes_as_they_are(encode, tree):
+    inner = np.where(LABELS == 6, 8, LABELS)
+    classes = {str(leaf): tree.names[leaf] for leaf in tree.leaves}
+    assert (encode(lambda folder: Image.fromarray(inner).save(folder / "a.png"), classes) == inner).all()
 
 
 def test_an_unknown_label_is_named_with_its_place(encode):

@@ -10,6 +10,7 @@ in the tree's colours) and encoding.json. A second run does only what is missing
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -30,32 +31,27 @@ def read_arguments() -> tuple[argparse.Namespace, Config]:
     """The command line, with the places that it leaves open taken from the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="config keys, such as obey_exif=true")
+    add("overrides", nargs="*", metavar="key=value", help="config keys, such as hierarchy=F or obey_exif=true")
     add("--cfg", metavar="F", help="config that says where the data is (default: that of config.py)")
     add("--gtdatadir", type=Path, metavar="D", help=f"masks (default: {MASKS} in the data folder)")
     add("--save_dir", type=Path, metavar="D", help="encoded masks (default: gt_dir of the config)")
     add("--imgdir", type=Path, metavar="D", help="photos (default: img_dir of the config)")
-    add("--hierarchy", type=Path, metavar="F", help="tree file (default: that of the config)")
     add("--classes", type=Path, metavar="F", help=f"what the values mean (default: {CLASSES} by the masks)")
     add("--assume-order", action="store_true", help="there is no list of classes; the values are the tree's ids")
     add("--by", choices=("auto", "index", "colour"), default="auto", help="what counts in an indexed PNG")
     add("--ending", default="", metavar="E", help="what follows the id in a mask's name, such as _gtFine_labelTrainIds")
     add("--skip-faulty", action="store_true", help="leave out what cannot be encoded, even if a list names it")
-    add(
-        "--split",
-        type=a_split,
-        metavar="S",
-        help="write id lists where there are none: a share of val, such as 0.1, or 'folders'",
-    )
+    add("--split", metavar="S", help="write id lists where there are none: a share of val (0.1), or 'folders'")
     add("--seed", type=int, default=0, help="of a drawn split (default 0)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if args.split not in (None, "folders") and not re.fullmatch(r"0?\.\d*[1-9]\d*", args.split):
+        parser.error(f"--split {args.split}: expected a share between 0 and 1, such as 0.1, or 'folders'")
     config = load_config(args.cfg, args.overrides)
     if args.gtdatadir and not args.cfg:
         config.root_data_dir = str(args.gtdatadir.resolve().parent)
     args.gtdatadir = args.gtdatadir or config.data_dir / MASKS
     args.save_dir = args.save_dir or config.labels_dir
     args.imgdir = args.imgdir or config.images_dir
-    args.hierarchy = args.hierarchy or config.hierarchy_file
     return args, config
 
 
@@ -91,15 +87,13 @@ def write_lists(config: Config, split: str, seed: int, sources: dict[str, str]) 
     else:
         parts = draw_split(sources, float(split), seed)
     for part, ids in parts.items():
-        write_whole("".join(f"{sample_id}\n" for sample_id in ids), config.ids_file(part))
-        print(f"{config.ids_file(part)}: {len(ids)} ids")
-
-
-def a_split(text: str) -> str:
-    """The value of --split: a share between 0 and 1, or "folders"."""
-    if text != "folders" and not 0 < float(text) < 1:
-        raise ValueError(text)
-    return text
+        path = config.ids_file(part)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole("".join(f"{sample_id}\n" for sample_id in ids), path)
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}); set {part}_sample_ids_file elsewhere") from error
+        print(f"{path}: {len(ids)} ids")
 
 
 def main() -> None:
@@ -117,7 +111,7 @@ def main() -> None:
     save_dir = args.save_dir.resolve()
     if {args.gtdatadir.resolve(), args.imgdir.resolve()} & {save_dir, *save_dir.parents}:
         raise UserError(f"--save_dir {args.save_dir} is where the masks or photos are; choose another folder")
-    hierarchy = Hierarchy.load(args.hierarchy)
+    hierarchy = Hierarchy.load(config.hierarchy_file)
     path = find_classes(args)
     classes = read_classes(path, hierarchy.names) if path else None
     for warning in warnings_of(hierarchy, classes):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -52,9 +53,15 @@ def map_files(
     # parent is killed they live on with its lock on the files.
     spawn = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
             return list(progress(pool.map(function, items, chunksize=8), total=len(items), **bar))
     except BrokenProcessPool:
         raise UserError(
             f"{what}: a worker process was killed, perhaps for want of memory; free some, and run again"
         ) from None
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed parent would wait for its next item for ever."""
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -1,5 +1,6 @@
 """encoding.json: what the label maps of a data set hold, and whether they are still those of its masks."""
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def check_encoded(encoding: Encoding, ids: Collection[str], source: Path, obey_e
 
 
 def _change(masks_dir: Path, old: dict[str, Any]) -> str:
-    path = masks_dir / old["source"]
+    path = os.path.join(masks_dir, old["source"])  # a Path would take longer than the look at the disk
     try:
         now = stamp(path)
         if now["bytes"] != old["bytes"]:

@@ -12,7 +12,7 @@ from utils.files import write_whole
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".npy")
-SLIMMEST = 16  # a photo's longer side is resized to at most so many times the short side that is asked for
+SLIMMEST = 16  # the longer side is resized to at most so many times the short side that is asked for
 VOID_COLOUR = (224, 224, 192)  # what a label without a colour of its own looks like
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: turned or mirrored
 
@@ -31,8 +31,8 @@ def read_photo(path: str | Path, short_side: int | None = None) -> Image.Image:
         with Image.open(path) as image:
             size = image.size if short_side is None else scaled_size(image.size, short_side)
             image.draft(None, size)  # a JPEG decodes up to 8 times smaller at no cost; never below `size`
-            photo = _to_rgb(image)
             orientation = _orientation(image)
+            photo = _to_rgb(image)
     except Exception as error:  # decoders raise nearly every type on damaged files
         raise _unreadable(path, "photo", error) from error
     if photo.size != size:
@@ -45,7 +45,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises: ValueError for pixels without a known range.
     """
-    return upright(_to_rgb(image), _orientation(image))
+    orientation = _orientation(image)
+    return upright(_to_rgb(image), orientation)
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
@@ -87,9 +88,8 @@ def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag, 1 where there is none; of a PNG this decodes the pixels."""
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own method would decode the pixels
     except Exception:  # damaged EXIF data does not make the pixels unusable
         return 1
     return found if found in range(1, 9) else 1

@@ -1,6 +1,7 @@
 """One mask -> one label map, in a worker process: checked against its photo, and turned with it where it has to be."""
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,14 @@ def stands(job: Job, rules: Rules) -> bool:
     return is_whole and stamp(job.masks[0]) == {key: old[key] for key in ("bytes", "mtime_ns")}
 
 
-def stamp(path: Path) -> dict[str, int]:
+def stamp(path: str | Path) -> dict[str, int]:
     """Size and time. Raises: OSError."""
-    stat = path.stat()
+    stat = os.stat(path)
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _old_record(job: Job, rules: Rules) -> dict[str, Any] | None:

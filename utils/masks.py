@@ -85,10 +85,12 @@ class MaskReader:
 
     def _table(self, size: int) -> np.ndarray:
         """Value -> label. A 255 that nothing explains is void in every family of masks."""
-        table = np.full(size, (self.classes or {}).get("*", UNKNOWN))
-        known = dict(zip(self.labels, self.labels, strict=True)) if self.classes is None else {255: self.void}
-        known |= {int(key): label for key, label in (self.classes or {}).items() if key.isdigit()}
-        for value, label in known.items():
+        classes = self.classes or {}
+        named = {int(key): label for key, label in classes.items() if key.isdigit()}
+        are_ids = all(value == label for value, label in named.items())  # then so are those that no line names
+        known = dict(zip(self.labels, self.labels, strict=True)) if are_ids else {255: self.void}
+        table = np.full(size, classes.get("*", UNKNOWN))
+        for value, label in (known | named).items():
             if value < size:
                 table[value] = label
         return table
