@@ -339,8 +339,12 @@ def test_masks_that_changed_or_went_after_encoding_are_named_and_touched_ones_le
     mask.unlink()
     refused("is gone")
     check_encoded(encoding, ["b"], Path("ids"))
-    shutil.rmtree(folder / "gt_masks")  # label maps were sent on alone
-    check_encoded(encoding, ["a", "b"], Path("ids"))
+    (folder / "elsewhere").mkdir()
+    (folder / "hie").rename(folder / "elsewhere" / "hie")  # label maps that went away from their masks
+    with pytest.raises(UserError, match="that of a is gone"):
+        check_encoded(load_encoding(folder / "elsewhere" / "hie", tree), ["a", "b"], Path("ids"))
+    shutil.rmtree(folder / "gt_masks")  # or were sent on alone
+    check_encoded(load_encoding(folder / "elsewhere" / "hie", tree), ["a", "b"], Path("ids"))
 
 
 def test_an_encoding_of_another_tree_is_refused(folder, tree):

@@ -97,7 +97,7 @@ class _Run:
             "format": FORMAT,
             "tree": hierarchy.name,
             "fingerprint": hierarchy.fingerprint,
-            "masks_dir": os.path.relpath(masks_dir, save_dir),
+            "masks_dir": _places(masks_dir, save_dir),
             "hierarchy": hierarchy.to_dict(),
             "classes": wishes.classes,
             "by": wishes.by,
@@ -174,19 +174,26 @@ class _Run:
 
     def _tell(self) -> None:
         """What the user should know of masks that were left out, or read otherwise than by their plain values."""
-        kinds = {
-            "were left out": list(self.faults.items()),
+        for what, found in {
+            "were left out": [f"{i} {fault}" for i, fault in self.faults.items()],
             "hold the tree's colours at other indices, as some PNG optimisers leave them: read by colour": [
-                (i, "") for i, record in self.files.items() if record.get("by_colour")
+                i for i, record in self.files.items() if record.get("by_colour")
             ],
             "were drawn on the stored pixels of a photo that EXIF turns: turned with it": [
-                (i, "") for i, record in self.files.items() if record.get("turned")
+                i for i, record in self.files.items() if record.get("turned")
             ],
-        }
-        for what, found in kinds.items():
+        }.items():
             if found:
-                first = " ".join(filter(None, found[0]))
-                print(f"note: {len(found)} masks {what} (the first: {first})", file=sys.stderr)
+                print(f"note: {len(found)} masks {what} (the first: {found[0]})", file=sys.stderr)
+
+
+def _places(folder: Path, start: Path) -> list[str]:
+    """Where a folder is: as seen from another, for a data set that is moved as a whole, and by its whole path."""
+    whole = os.path.abspath(folder)
+    try:
+        return [os.path.relpath(folder, start), whole]
+    except ValueError:  # on another drive of Windows
+        return [whole]
 
 
 def mask_reader(hierarchy: "Hierarchy", classes: dict[str, str] | None, by: str) -> MaskReader:

@@ -56,13 +56,17 @@ def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
             files=dict(record["files"]),
             skipped=dict(record["skipped"]),
             folder=Path(labels_dir),
-            masks_dir=Path(labels_dir, record["masks_dir"]),
+            masks_dir=_first_folder([os.path.normpath(os.path.join(labels_dir, at)) for at in record["masks_dir"]]),
             obey_exif=record["obey_exif"],
             ignored=int(record["ignored"]["pixels"]),
             **{key: tuple(int(node[key]) for node in nodes) for key in ("pixels", "labelled", "photos")},
         )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
+
+
+def _first_folder(places: list[str]) -> Path:
+    return Path(next(filter(os.path.isdir, places), places[0]))
 
 
 def _check_tree(record: dict[str, Any], hierarchy: Hierarchy, message: str) -> None:
