@@ -12,8 +12,8 @@ Rule, root_bias and tta are the checkpoint's own, unless a flag or an override n
 import argparse
 
 from configs.config import DECODE_RULES, TTA, parse_overrides
-from manage import distributed
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
+from manage.session import session
 from utils.cli import run_main
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--no-pictures", action="store_true", help="scores only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for this run")
     arguments = parser.parse_intermixed_args()
-    with distributed.session():
+    with session():
         config, checkpoint = to_evaluate(arguments.cfg, arguments.checkpoint, arguments.overrides)
         given = parse_overrides(arguments.overrides)
         options = EvaluationOptions(

@@ -3,6 +3,7 @@
 python train.py --cfg configs/quickstart.json                    # an experiment
 python train.py --cfg configs/quickstart.json batch_size=4       # with overrides for this run
 python train.py --cfg configs/quickstart.json --resume           # go on where it stopped
+python train.py --cfg configs/quickstart.json --resume auto      # go on, or start (for schedulers)
 torchrun --nproc_per_node=2 train.py --cfg configs/quickstart.json
 tensorboard --logdir tensorboard
 """
@@ -11,6 +12,7 @@ import argparse
 
 from configs.config import load_config
 from manage import distributed
+from manage.session import session
 from manage.train_manager import TrainManager
 from utils.cli import run_main
 
@@ -19,9 +21,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", metavar="F", help="a JSON config; without it the defaults of configs/config.py")
     parser.add_argument(
-        "--resume", nargs="?", const="", metavar="PATH", help="go on from the newest checkpoint, or from PATH"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on from the newest checkpoint; auto: or start where there is none; PATH: from that checkpoint, "
+        "under a new exp_name",
     )
     parser.add_argument("--overwrite", action="store_true", help="move an experiment of that name aside and start anew")
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the lock of another host, whose process must be gone: two in one folder spoil it",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for this run")
     arguments = parser.parse_intermixed_args()
     if arguments.resume is not None and arguments.overwrite:
@@ -29,9 +41,10 @@ def main() -> int:
     if arguments.resume and "=" in arguments.resume:  # --resume key=value
         arguments.overrides.append(arguments.resume)
         arguments.resume = ""
-    with distributed.session():
+    with session():
         config = load_config(arguments.cfg, arguments.overrides)
-        return TrainManager(config, arguments.resume, arguments.overwrite).run()
+        distributed.start(distributed.choose_device(config.device), config.timeout_minutes)
+        return TrainManager(config).run(arguments.resume, arguments.overwrite, arguments.take_over)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Checkpoints: one file that holds all a run needs, written so that a crash cannot damage it.
-
-A file is a plain `torch.save` archive (a zip) whose zip comment carries the SHA-256 of all that stands before it, so
-that `torch.load` opens it anywhere and damage is seen before anything is believed.
-"""
+"""Checkpoints: one `torch.save` archive (a zip) with all that a run needs, written so that a crash cannot damage it."""
 
 import contextlib
 import hashlib
@@ -10,7 +6,6 @@ import io
 import os
 import pickle
 import re
-import struct
 import zipfile
 from pathlib import Path
 
@@ -18,18 +13,9 @@ import torch
 
 from utils.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # raise it when an old file needs another reading; 1 had a checksum of its own behind the archive
 NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
-_MARK = b"sha256:"
-_COMMENT_LENGTH = len(_MARK) + 64
-_END = 22  # bytes of a zip's end record without its comment
-_CONTENT = {
-    "model": dict,
-    "config": dict,
-    "tree": dict,
-    "epoch": int,
-    "ema": dict | None,
-}  # what every reader takes for granted
+_CONTENT = {"model": dict, "ema": dict | None, "config": dict, "tree": dict, "epoch": int}  # what all readers rely on
 
 
 class DamagedCheckpoint(UserError):
@@ -40,7 +26,7 @@ def pack(state: dict) -> bytes:
     """The state as the bytes of a checkpoint file."""
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT}, buffer)
-    return _with_checksum(buffer)
+    return buffer.getvalue()
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -55,36 +41,37 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint{_others(path)}") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: the checkpoint cannot be read ({error.strerror})") from None
-    _check_whole(data, path)
+    if data[:2] != b"PK":
+        what = "empty" if not data else "not a checkpoint of this project"
+        raise DamagedCheckpoint(f"{path}: {what}; expected an archive written by train.py")
     try:
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DamagedCheckpoint(
             f"{path}: refused: it holds Python objects that would run code when loaded; "
             "expected only tensors and plain values. Use a checkpoint written by train.py"
         ) from None
-    except Exception as error:  # torch raises many kinds for a damaged archive
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged archive
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DamagedCheckpoint(f"{path}: damaged, or not a checkpoint ({reason}); use another one") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project (format {FORMAT}); use one of train.py")
-    for key, kind in _CONTENT.items():
-        if not isinstance(state.get(key), kind):
-            raise DamagedCheckpoint(f"{path}: holds no usable {key!r}; expected a checkpoint written by train.py")
+        raise DamagedCheckpoint(
+            f"{path}: truncated, damaged, or not a checkpoint ({reason}); use another one"
+        ) from None
+    _check_content(state, path)
     return state
 
 
 def checkpoint_digest(path: Path) -> str | None:
-    """The SHA-256 that a checkpoint ends with; None where there is no such file, or none that can be read."""
+    """The SHA-256 of a checkpoint's file; None where there is none that can be read."""
     try:
         with open(path, "rb") as file:
-            file.seek(-64, os.SEEK_END)
-            return file.read().decode("ascii", "replace")
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
 
 
-def newest_valid(folder: Path, say=print) -> tuple[Path, dict] | None:
+def newest_valid(folder: Path, say=print) -> Path | None:
     """The checkpoint to go on from: the newest one that is whole; None where none was written yet.
 
     Damaged ones are named, passed over and renamed, so that the next `last` does not push a whole `previous` out.
@@ -93,14 +80,14 @@ def newest_valid(folder: Path, say=print) -> tuple[Path, dict] | None:
     paths = _newest_first(folder)
     for i, path in enumerate(paths):
         try:
-            found = path, load_checkpoint(path)
+            load_checkpoint(path)
         except DamagedCheckpoint as error:
             say(f"{error}. Going back to the one before")
             continue
         with contextlib.suppress(OSError):
             for damaged in paths[:i]:
                 damaged.rename(damaged.with_suffix(".damaged"))
-        return found
+        return path
     if paths:
         raise DamagedCheckpoint(
             f"{folder}: none of its {len(paths)} checkpoints is whole; restore one from a backup, "
@@ -141,6 +128,17 @@ def find_model(name: str, root: Path) -> Path:
     return find_checkpoint(name, root / "experiments", root)
 
 
+def _check_content(state, path: Path) -> None:
+    number = state.get("format") if isinstance(state, dict) else None
+    if type(number) is not int:
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project; use one written by train.py")
+    if number > FORMAT:
+        raise UserError(f"{path}: was written by a newer version (format {number}, this one reads up to {FORMAT})")
+    for key, kind in _CONTENT.items():
+        if not isinstance(state.get(key), kind):
+            raise DamagedCheckpoint(f"{path}: holds no usable {key!r}; expected a checkpoint written by train.py")
+
+
 def _newest_first(folder: Path) -> list[Path]:
     """`last`, then all others by the time they were written."""
     paths = list(folder.glob("*.pt"))
@@ -149,42 +147,10 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _is_newer(path: Path, state: dict) -> bool:
     try:
-        return _batches_done(load_checkpoint(path)) > _batches_done(state)
+        other = load_checkpoint(path)
+        return (other["epoch"], other["batch"] * other["world"]) > (state["epoch"], state["batch"] * state["world"])
     except (UserError, KeyError, TypeError):  # no run can go on from it
         return False
-
-
-def _batches_done(state: dict) -> tuple[int, int]:
-    """Epochs, and batches of the next one over all processes."""
-    return state["epoch"], state["batch"] * state["world"]
-
-
-def _with_checksum(buffer: io.BytesIO) -> bytes:
-    """The archive, with its own digest as the zip comment."""
-    data = buffer.getvalue()
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = _MARK + b"0" * 64
-        archive._didModify = True  # rewrite the end record
-    data = bytearray(buffer.getvalue())
-    if not data.endswith(_MARK + b"0" * 64):
-        raise RuntimeError("the zip comment was not written")
-    data[-64:] = hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode()
-    return bytes(data)
-
-
-def _check_whole(data: bytes, path: Path) -> None:
-    if data[:2] != b"PK":
-        what = "empty" if not data else "not a checkpoint of this project"
-        raise DamagedCheckpoint(f"{path}: {what}; expected an archive written by train.py")
-    has_comment = (
-        len(data) > _END + _COMMENT_LENGTH
-        and data[-_COMMENT_LENGTH:-64] == _MARK
-        and struct.unpack("<H", data[-_COMMENT_LENGTH - 2 : -_COMMENT_LENGTH])[0] == _COMMENT_LENGTH
-    )
-    if not has_comment:
-        raise DamagedCheckpoint(f"{path}: truncated, or not written by this project (no checksum at its end)")
-    if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
-        raise DamagedCheckpoint(f"{path}: damaged (its checksum does not fit its content)")
 
 
 def _others(path: Path) -> str:

@@ -125,7 +125,8 @@ def train_loader(
         device=device,
     )
     photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
-    batches = EpochBatches(len(photos), config.batch_size, config.seed, rank, world, config.accumulate)
+    size = min(config.batch_size, max(1, len(photos) // (world * config.accumulate)))
+    batches = EpochBatches(len(photos), size, config.seed, rank, world, config.accumulate)
     store = Store(photos, n_threads(config, without_gpu=1), ahead=4 * config.batch_size)
     return TrainLoader(store, batches, views), batches
 

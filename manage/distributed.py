@@ -1,8 +1,7 @@
 """One process or many: the same calls, which do nothing when there is one."""
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -17,40 +16,16 @@ def is_launched() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-@contextlib.contextmanager
-def session() -> Iterator[None]:
-    """Around all that an entry point does: leaves the process group, and says what went wrong once, not once a process.
+def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
+    """Joins the process group that torchrun describes: tensors on GPUs meet by NCCL, all others by gloo.
 
-    A process that fails ends the others: their next collective call breaks, and so does the run, at once.
+    Who waits for another process longer than the timeout ends with an error.
     """
-    try:
-        yield
-    except UserError:
-        if not _speaks_first():
-            raise SystemExit(2) from None
-        raise
-    except RuntimeError as error:
-        if not (dist.is_initialized() and _means_lost_process(error)):
-            raise
-        if not _speaks_first():
-            raise SystemExit(2) from None
-        raise UserError(
-            "a process of this run is gone (its own message, if it had one, stands above), so the others end too; "
-            "the newest checkpoint stands, and a training goes on from it with --resume"
-        ) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def start(device: torch.device) -> None:
-    """Joins the process group that torchrun describes: tensors on GPUs meet by NCCL, all others by gloo."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if is_launched() and not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)
-        )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
 
 
 def rank() -> int:
@@ -90,13 +65,15 @@ def gather(value) -> list:
 
 
 def on_main_only(action, *args):
-    """The result of `action` in the main process, None in the others; a `UserError` there is raised in all."""
+    """The result of `action` in the main process, None in the others; a fault there (UserError, OSError) ends all."""
     result, fault = None, None
     if is_main():
         try:
             result = action(*args)
         except UserError as error:
             fault = str(error)
+        except OSError as error:
+            fault = f"{error.filename}: {error.strerror}"
     if dist.is_initialized():
         shared = [fault]
         dist.broadcast_object_list(shared)
@@ -135,27 +112,13 @@ def choose_device(name: str) -> torch.device:
         if index >= count:
             raise UserError(f"key 'device': {name!r} is not there (this machine has {count} GPUs); use auto or cpu")
         return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("key 'device': 'mps' is not there; use auto or cpu")
+    if device.type == "mps":
+        raise UserError("key 'device': mps has no numbers of 64 bits, in which losses and scores are summed; use cpu")
     return device
 
 
-def _speaks_first() -> bool:
-    """Whether no other process of this run has told of a fault yet; in doubt, True.
-
-    Asks the store that torchrun keeps, which is there before the process group and outlives every process of it.
-    """
-    if not is_launched():
-        return True
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-        return store.add(f"hseg/faults/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):
-        return True  # better twice than not at all
-
-
-def _means_lost_process(error: RuntimeError) -> bool:
-    """Whether a collective call failed since another process has ended; gloo says so only in words."""
+def means_lost_process(error: BaseException) -> bool:
+    """Whether a collective call failed since another process has ended or hangs; gloo says so only in words."""
     signs = ("connection closed", "connection reset", "broken pipe", "connection refused", "timed out waiting")
-    return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+    in_words = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or in_words)

@@ -1,199 +1,55 @@
-"""The folders of one experiment: lock, config, environment record, curves."""
+"""The folders of one experiment: lock, config, environment record."""
 
-import contextlib
 import json
 import os
 import platform
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
 import PIL
 import torch
 import torchvision
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams as summarise_hparams
 
-from configs.config import REPOSITORY, RESUMABLE_CHANGES, Config, differences, load_config, save_config
-from manage.checkpoint import newer_than
+from configs.config import (
+    REPOSITORY,
+    RESUMABLE_CHANGES,
+    Config,
+    config_from_dict,
+    differences,
+    load_config,
+    save_config,
+    without_gone,
+)
+from manage.checkpoint import find_checkpoint, load_checkpoint, newer_than, newest_valid
+from manage.network import check_same_network, check_same_tree
 from utils.errors import UserError
-from utils.files import names_aside, remove_unfinished, set_aside, write_json, write_whole
+from utils.files import remove_unfinished, set_aside, write_json
 from utils.hierarchy import Hierarchy
-from utils.locks import try_lock
-
-LINES = "metrics.jsonl"
+from utils.locks import Lock
 
 
-class Lock:
-    """One process (or one torchrun) at a time in an experiment's folder.
-
-    The lock is the kernel's, so it goes with its process however that ends. It is a POSIX lock, which loader
-    processes do not inherit: they may outlive a killed training for seconds.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self.file = None
-
-    def take(self) -> None:
-        """Raises: UserError that names the owner, or says why nothing can be locked here."""
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self.file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
-        owner = self._owner()
-        who = "another process"  # it has not signed yet
-        if owner:
-            who = f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
-        try:
-            is_ours = try_lock(self.file)
-        except OSError as error:
-            self._leave()
-            raise UserError(
-                f"{self.path}: cannot be locked ({error.strerror}); set root_dir to a folder on a disk that knows locks"
-            ) from None
-        if not is_ours:
-            self._leave()
-            raise UserError(f"{self.path.parent} is in use by {who}; wait for it, stop it, or choose another exp_name")
-        if owner and owner.get("host") != me["host"]:  # file locks need not reach across hosts
-            self._leave()
-            raise UserError(f"{self.path.parent} was locked by {who}; if that one is gone, delete {self.path}")
-        if owner:
-            print(f"the lock of process {owner.get('pid')}, which is gone, is taken over")
-        self.file.truncate(0)
-        self.file.write(json.dumps(me))
-        self.file.flush()
-
-    def release(self) -> None:
-        if self.file is not None:
-            with contextlib.suppress(OSError):
-                self.file.truncate(0)
-            self._leave()
-
-    def _leave(self) -> None:
-        """Closes the file and leaves in it what stands there, which may be the owner's."""
-        self.file.close()
-        self.file = None
-
-    def _owner(self) -> dict:
-        self.file.seek(0)
-        try:
-            owner = json.loads(self.file.read() or "{}")
-        except ValueError:
-            return {}
-        return owner if isinstance(owner, dict) else {}
-
-
-class Curves:
-    """TensorBoard and metrics.jsonl. Both only grow, so a resume cuts them back to their length at the checkpoint.
-
-    A full or vanished disk silences them with a line; it does not end a training.
-    """
-
-    def __init__(self, experiment_dir: Path, tensorboard_dir: Path, journal: dict[str, int] | None = None) -> None:
-        self.lines, self.events = experiment_dir / LINES, tensorboard_dir
-        self._cut_back(journal or {})
-        self.writer = SummaryWriter(str(tensorboard_dir))
-        self.is_silent = False
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self._try(lambda: [self.writer.add_scalar(name, value, step) for name, value in values.items()])
-
-    def picture(self, name: str, image: numpy.ndarray, step: int) -> None:
-        """Shape: image (H, W, 3) uint8."""
-        self._try(lambda: self.writer.add_image(name, image, step, dataformats="HWC"))
-
-    def hparams(self, values: dict, curves: Sequence[str]) -> None:
-        """Config against the last value of these curves, in TensorBoard's HParams tab."""
-        plain = {k: v if type(v) in (int, float, str) else str(v) for k, v in values.items()}  # True is no number there
-        for summary in summarise_hparams(plain, dict.fromkeys(curves, 0.0)):
-            self._try(lambda summary=summary: self.writer.file_writer.add_summary(summary))
-
-    def line(self, record: dict) -> None:
-        """One line of metrics.jsonl."""
-
-        self._try(lambda: self._append(json.dumps(record) + "\n"))
-
-    def journal(self) -> dict[str, int]:
-        """The length in bytes of every file, for the checkpoint."""
-        self._try(self.writer.flush)
-        return {path.name: path.stat().st_size for path in curve_files(self.lines.parent, self.events)}
-
-    def close(self) -> None:
-        self._try(self.writer.close)
-
-    def _append(self, line: str) -> None:
-        """Adds the whole line or nothing."""
-        with open(self.lines, "a", encoding="utf-8") as file:
-            before = file.tell()
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self.lines, before)
-                raise
-
-    def _cut_back(self, journal: dict[str, int]) -> None:
-        for path in curve_files(self.lines.parent, self.events):
-            if path.name not in journal:
-                path.unlink()  # written after the checkpoint, and about to be written again
-            elif path.stat().st_size > journal[path.name]:
-                os.truncate(path, journal[path.name])
-
-    def _try(self, action) -> None:
-        try:
-            action()
-        except OSError as error:
-            if not self.is_silent:
-                print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
-            self.is_silent = True
-
-
-def curve_files(experiment_dir: Path, tensorboard_dir: Path) -> list[Path]:
-    """metrics.jsonl and TensorBoard's files, those that are there."""
-    files = (experiment_dir / LINES, *tensorboard_dir.glob("events.out.tfevents.*"))
-    return [path for path in files if path.is_file()]
-
-
-class NoCurves:
-    """Takes everything and writes nothing: the curves of all processes but the first."""
-
-    def scalars(self, *_) -> None: ...
-
-    def picture(self, *_) -> None: ...
-
-    def hparams(self, *_) -> None: ...
-
-    def line(self, *_) -> None: ...
-
-    def journal(self) -> dict[str, int]:
-        return {}
-
-    def close(self) -> None: ...
-
-
-def create_experiment(config: Config, hierarchy: Hierarchy, overwrite: bool = False) -> Lock:
-    """Makes the folders of a new experiment and takes its lock.
+def create_experiment(config: Config, overwrite: bool = False, take_over: bool = False) -> Lock:
+    """Makes the folders of a new experiment and takes its lock; `write_copies` follows.
 
     Raises: UserError when the experiment exists (unless `overwrite`, which moves it aside) or cannot be written.
     """
     lock = Lock(config.experiment_dir)
     try:
         config.experiment_dir.mkdir(parents=True, exist_ok=True)
-        lock.take()
+        lock.take(take_over)
         if _has_results(config):
             if not overwrite:
                 raise UserError(_already_there(config))
+            lock.release()
             _move_aside(config)
-            lock.release()  # it went aside with its folder
             config.experiment_dir.mkdir(parents=True)
             lock.take()
-        write_folders(config, hierarchy)
+        make_folders(config)
     except OSError as error:
         lock.release()
         raise _not_writable(config, error) from None
@@ -203,7 +59,7 @@ def create_experiment(config: Config, hierarchy: Hierarchy, overwrite: bool = Fa
     return lock
 
 
-def open_experiment(config: Config) -> Lock:
+def open_experiment(config: Config, take_over: bool = False) -> Lock:
     """Takes the lock of an experiment that is to be resumed, after its config has been compared.
 
     Raises: UserError when there is none, or when a key that changes the results differs.
@@ -215,66 +71,94 @@ def open_experiment(config: Config) -> Lock:
         print(f"changed since the start: {key} {theirs!r} -> {ours!r}")
     lock = Lock(config.experiment_dir)
     try:
-        lock.take()
-        config.tensorboard_dir.mkdir(parents=True, exist_ok=True)
-        config.checkpoints_dir.mkdir(exist_ok=True)
+        lock.take(take_over)
+        make_folders(config)
         remove_unfinished(config.checkpoints_dir)
+        if "n_epochs" in changed:
+            save_config(config, config_copy(config))
     except OSError as error:
         lock.release()
         raise _not_writable(config, error) from None
     return lock
 
 
-def rewind(config: Config, file: Path, state: dict) -> None:
-    """Sets aside what an experiment holds beyond a checkpoint that it goes back to; call it before curves are cut.
-
-    The curves are copied, the newer checkpoints moved, the newest first, and `file` becomes `last`. Wherever this is
-    cut off, the newest checkpoint that remains has all its curves.
-    Raises: UserError when the disk does not take it; nothing is lost then.
-    """
-    newer = newer_than(state, config.checkpoints_dir)
-    if not newer:
-        return
-    aside, curves_aside = names_aside([config.experiment_dir, config.tensorboard_dir])
-    names = ", ".join(path.name for path in newer)
-    print(f"newer than {file.name}: {names}; set aside with the curves in {aside} and {curves_aside}", flush=True)
-    checkpoints_aside = aside / config.checkpoints_dir.name
-    last = config.checkpoints_dir / "last.pt"
-    try:
-        checkpoints_aside.mkdir(parents=True)
-        curves_aside.mkdir()
-        for path in curve_files(config.experiment_dir, config.tensorboard_dir):
-            shutil.copy2(path, aside if path.name == LINES else curves_aside)
-        for path in newer:
-            shutil.move(path, checkpoints_aside)
-        if not last.is_file():
-            write_whole(file.read_bytes(), last)
-    except OSError as error:
-        raise _not_writable(config, error) from None
-
-
-def check_resumable(config: Config, theirs: Config, what: str) -> dict[str, tuple]:
-    """The keys that differ, all of them without influence on what is computed.
+def check_resumable(config: Config, theirs: Config, what: str, may_differ: str | None = None) -> dict[str, tuple]:
+    """The keys that differ, all of them without influence on what is computed; n_epochs may grow.
 
     Raises: UserError when another key differs.
     """
     changed = differences(config, theirs)
-    fatal = {key: pair for key, pair in changed.items() if key not in RESUMABLE_CHANGES}
+    allowed = {*RESUMABLE_CHANGES, may_differ, *["n_epochs"] * (config.n_epochs > theirs.n_epochs)}
+    fatal = {key: pair for key, pair in changed.items() if key not in allowed}
     if fatal:
         listing = "; ".join(f"{key}: {theirs!r} then, {ours!r} now" for key, (ours, theirs) in fatal.items())
         raise UserError(
             f"{what} was started with another config ({listing}). A run that goes on must keep "
-            "it: give the same values, or choose another exp_name"
+            "it (n_epochs alone may grow): give the same values, or choose another exp_name"
         )
     return changed
 
 
-def write_folders(config: Config, hierarchy: Hierarchy) -> None:
-    """Makes the folders of an experiment, with its config and tree. Raises: OSError."""
+def checkpoint_to_resume(config: Config, path: str, say=print) -> Path | None:
+    """The newest whole checkpoint of an experiment, None where none was written; `path` must name no other.
+
+    Raises: UserError that says how to go on from an older one.
+    """
+    folder = config.checkpoints_dir
+    if not path:
+        return newest_valid(folder, say)
+    file = find_checkpoint(path, folder, config.root)
+    if newer := newer_than(load_checkpoint(file), folder):
+        raise UserError(
+            f"{file} is older than {newer[0].name}, and a run goes on from its newest checkpoint only. Go on from "
+            f"there under a new name, which leaves this run as it is: exp_name=NEW --resume {file}"
+        )
+    return file
+
+
+def check_same_run(
+    config: Config, hierarchy: Hierarchy, state: dict, source: str, digests: dict[str, str], is_new: bool
+) -> Config:
+    """The config of a checkpoint that a run can go on from; under a new name, if it is `is_new`.
+
+    Raises: UserError where config, tree, network or lists of photos (`digests`) differ.
+    """
+    check_same_network(config, hierarchy, state, source)
+    check_same_tree(config, hierarchy, state, source)
+    theirs = config_from_dict(without_gone(state["config"]), f"{source}, its config")
+    check_resumable(config, theirs, source, may_differ="exp_name" if is_new else None)
+    for key, digest in digests.items():
+        if state.get(key, digest) != digest:
+            raise UserError(
+                f"{config.ids_file(key.removesuffix('_ids'))} lists other photos now than when {source} was "
+                "written; put the old list back, or choose another exp_name"
+            )
+    return theirs
+
+
+def make_folders(config: Config) -> None:
+    """Makes the folders of an experiment. Raises: OSError."""
     for path in (config.checkpoints_dir, config_copy(config).parent, config.tensorboard_dir):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def write_copies(config: Config, hierarchy: Hierarchy) -> None:
+    """Config and tree of a run; from here on it can be resumed. Raises: OSError."""
+    make_folders(config)
     write_json(hierarchy.to_dict(), config_copy(config).with_name("hierarchy.json"))
     save_config(config, config_copy(config))
+
+
+def command(script: str, config: Config, *options: str) -> str:
+    """What goes on with a run, to be typed where this process was started."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    start = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
+    return shlex.join([*start, _from_here(REPOSITORY / script), "--cfg", _from_here(config_copy(config)), *options])
+
+
+def _from_here(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def config_copy(config: Config) -> Path:

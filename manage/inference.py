@@ -212,5 +212,13 @@ def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Mixed precision for the network alone; the loss stays outside."""
+    amp = chosen_amp(device, amp)
     kind = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=kind, enabled=amp != "off")
+
+
+def chosen_amp(device: torch.device, amp: str) -> str:
+    """What `auto` means: bf16 on a GPU that has it, off elsewhere."""
+    if amp != "auto":
+        return amp
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "off"

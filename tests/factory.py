@@ -76,16 +76,12 @@ def records(root: Path, name: str = "tiny") -> list[dict]:
 
 
 def curves(root: Path, name: str = "tiny") -> dict[str, list[tuple[int, float]]]:
-    """Tag -> (step, value) of all points in TensorBoard's files, in the order of their time."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    """Tag -> (step, value) of the points that TensorBoard shows; what was drawn twice is the same both times."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    points: dict[str, list] = {}
-    for file in sorted((root / "tensorboard" / name).glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.HasField("tensor") and value.tensor.float_val:
-                    points.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
-    return points
+    events = EventAccumulator(str(root / "tensorboard" / name), size_guidance={"scalars": 0}).Reload()
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: sorted(set(values)) if tag not in ("loss", "lr") else values for tag, values in points.items()}
 
 
 # --- children ---

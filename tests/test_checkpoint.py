@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from manage.checkpoint import (
+    FORMAT,
     DamagedCheckpoint,
     find_checkpoint,
     keep_newest,
@@ -72,14 +73,26 @@ def test_every_truncation_is_seen(tmp_path):
             load_checkpoint(tmp_path / "a.pt")
 
 
-def test_every_changed_bit_is_seen(tmp_path):
-    data = write(tmp_path / "a.pt")
-    for position in random.Random(0).sample(range(len(data)), 200):
+def test_every_changed_bit_is_seen_or_changes_nothing(tmp_path):
+    data, seen = write(tmp_path / "a.pt"), 0
+    for position in random.Random(0).sample(range(len(data)), 300):
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
         (tmp_path / "a.pt").write_bytes(changed)
-        with pytest.raises(DamagedCheckpoint, match=r"a\.pt"):
-            load_checkpoint(tmp_path / "a.pt")
+        try:  # a zip holds bytes that no reader looks at: times, padding
+            state = load_checkpoint(tmp_path / "a.pt")
+            assert torch.equal(state.pop("model")["weight"], STATE["model"]["weight"])
+            assert state == {key: value for key, value in STATE.items() if key != "model"} | {"format": FORMAT}
+        except DamagedCheckpoint:
+            seen += 1
+    assert seen > 150
+
+
+def test_a_checkpoint_of_a_newer_format_says_so(tmp_path):
+    state = STATE | {"format": FORMAT + 1}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=rf"newer version \(format {FORMAT + 1}, this one reads up to {FORMAT}\)"):
+        load_checkpoint(tmp_path / "a.pt")
 
 
 class Malicious:
@@ -92,17 +105,15 @@ class Malicious:
         return os.mkdir, (str(self.victim),)
 
 
-@pytest.mark.parametrize("disguise", ["pickle", "torch archive", "with our checksum"])
+@pytest.mark.parametrize("disguise", ["pickle", "torch archive"])
 def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, disguise):
     path, victim = tmp_path / "a.pt", tmp_path / "victim"
     content = STATE | {"format": 1, "extra": Malicious(victim)}
     if disguise == "pickle":
         path.write_bytes(pickle.dumps(content))
-    elif disguise == "torch archive":
-        torch.save(content, path)
     else:
-        path.write_bytes(pack(content))
-    with pytest.raises(DamagedCheckpoint, match="refused: it holds Python objects" if "our" in disguise else r"a\.pt"):
+        torch.save(content, path)
+    with pytest.raises(DamagedCheckpoint, match="Python objects" if "torch" in disguise else r"a\.pt"):
         load_checkpoint(path)
     assert not victim.exists()
 
@@ -136,8 +147,7 @@ def test_the_newest_whole_one_is_found_and_the_damaged_are_named(tmp_path):
     said = []
     (tmp_path / "last.pt").write_bytes(b"")
     (tmp_path / "checkpoint_2.pt").write_bytes(b"PK")
-    path, state = newest_valid(tmp_path, said.append)
-    assert (path.name, state["epoch"]) == ("previous.pt", 2)
+    assert newest_valid(tmp_path, said.append) == tmp_path / "previous.pt"
     assert [text.split(":")[0].rpartition("/")[2] for text in said] == ["last.pt", "checkpoint_2.pt"]
     assert sorted(p.name for p in tmp_path.glob("*.damaged")) == ["checkpoint_2.damaged", "last.damaged"]
 

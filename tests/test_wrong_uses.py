@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from configs.config import Config, load_config
 from manage.checkpoint import load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.train_manager import TrainManager
+from tests.conftest import REPO
 from tests.factory import TINY, TREE, make_data
 from tests.preloaded import SlimEncoder
 from utils.errors import UserError
@@ -53,7 +53,7 @@ def refused(action, *parts: str) -> None:
 
 
 def train(keys, **changes):
-    return lambda: TrainManager(Config(**(keys | changes)))
+    return lambda: TrainManager(Config(**(keys | changes))).run()
 
 
 def evaluate(keys, checkpoint=None, **changes):
@@ -142,8 +142,23 @@ def test_a_device_that_is_not_there_is_refused(keys):
     refused(train(keys, device="cuda:99"), "device", "cuda:99")
 
 
-def test_more_photos_a_step_than_there_are_is_refused(keys):
-    refused(train(keys, batch_size=50), "batch_size", "4 training photos")
+def test_a_batch_of_more_photos_than_there_are_is_cut_and_said(keys, capsys):
+    assert train(keys, batch_size=50)() == 0
+    assert "batch_size 50 is more than the photos for one step; 4 is used" in capsys.readouterr().out
+
+
+def test_a_warm_up_that_fills_the_run_is_cut_and_said(keys, capsys):
+    assert train(keys, warmup_epochs=1.0, n_epochs=1)() == 0
+    assert "warmup_epochs 1 fills the run; 0.5 is used" in capsys.readouterr().out
+
+
+def test_one_value_a_channel_is_refused_before_batchnorm_does(keys):
+    refused(train(keys, batch_size=1, crop_size=32), "'batch_size' 1 and 'crop_size' 32", "freeze_batchnorm")
+    assert train(keys, batch_size=1, crop_size=32, freeze_batchnorm=True)() == 0
+
+
+def test_a_device_without_numbers_of_64_bits_is_refused_at_once(keys):
+    refused(train(keys, device="mps"), "'device'", "64 bits", "cpu")
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(keys, tmp_path):
@@ -174,53 +189,66 @@ def test_damaged_photos_of_train_and_of_val_are_counted_apart(keys, tmp_path, ca
 def test_an_experiment_is_never_overwritten(trained, tmp_path):
     before = (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes()
     refused(train(trained, lr=0.5), "tiny", "lr", "--resume", "--overwrite")
-    refused(lambda: TrainManager(Config(**(trained | {"lr": 0.5})), resume=""), "lr")
+    refused(lambda: TrainManager(Config(**(trained | {"lr": 0.5}))).run(""), "lr")
     assert (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes() == before
-    assert TrainManager(Config(**(trained | {"lr": 0.5})), overwrite=True).run() == 0
+    assert TrainManager(Config(**(trained | {"lr": 0.5}))).run(overwrite=True) == 0
     (aside,) = (tmp_path / "experiments").glob("tiny.old-*")
     assert (aside / "models_checkpoints/last.pt").read_bytes() == before
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+HOLD = """
+import sys, pathlib
+from utils.locks import Lock
+lock = Lock(pathlib.Path(sys.argv[1]))
+lock.take()
+print(flush=True)
+input()
+"""
 
 
-def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, tmp_path, capsys):
-    lock = tmp_path / "experiments/tiny/.lock"
-    lock.parent.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
-        owner.stdout.readline()
-        record = {"host": socket.gethostname(), "pid": owner.pid, "since": "noon"}
-        lock.write_text(json.dumps(record))
-        refused(train(keys), f"in use by process {owner.pid} on {record['host']} since noon", "another exp_name")
-        owner.kill()
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that holds the experiment's lock."""
+    folder = tmp_path / "experiments/tiny"
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, owner, capsys):
+    refused(train(keys), f"in use by process {owner.pid} on {socket.gethostname()} since 2", "choose another")
+    owner.kill()
+    owner.wait()
     assert TrainManager(Config(**keys)).run() == 0
-    assert f"the lock of process {owner.pid}, which is gone, is taken over" in capsys.readouterr().out
+    assert f"the lock of process {owner.pid} on" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_lock_whose_owner_has_not_signed_yet_is_of_another_process(keys, owner, tmp_path):
+    (tmp_path / "experiments/tiny/.owner.json").unlink()
+    refused(train(keys), "is in use by another;")
 
 
 def test_a_disk_without_locks_is_not_taken_for_another_process(keys, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    refused(train(keys), "tiny/.lock: cannot be locked (No locks available)", "root_dir")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    refused(train(keys), "tiny/.lock: cannot be locked (No locks available)", "on a disk that knows locks")
 
 
-def test_a_lock_whose_owner_has_not_signed_yet_is_of_another_process(keys, tmp_path):
-    lock = tmp_path / "experiments/tiny/.lock"
-    lock.parent.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
-        owner.stdout.readline()
-        refused(train(keys), "is in use by another process;")
-        owner.kill()
-
-
-def test_a_lock_of_another_machine_is_left_to_the_user(keys, tmp_path):
-    lock = tmp_path / "experiments/tiny/.lock"
-    lock.parent.mkdir(parents=True)
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "noon"}))
-    refused(train(keys), "was locked by process 1 on elsewhere since noon", f"delete {lock}")
-    lock.unlink()
-    assert TrainManager(Config(**keys)).run() == 0
+def test_a_lock_of_another_machine_is_taken_over_when_told(keys, tmp_path, capsys):
+    signature = tmp_path / "experiments/tiny/.owner.json"
+    signature.parent.mkdir(parents=True)
+    signature.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "noon"}))
+    refused(train(keys), "was locked by process 1 on elsewhere since noon", "--take-over", "both would write")
+    assert TrainManager(Config(**keys)).run(take_over=True) == 0
+    assert "the lock of process 1 on elsewhere since noon is taken over" in capsys.readouterr().out
+    assert not signature.exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -228,11 +256,9 @@ def test_a_run_does_not_go_on_with_other_photos(trained, tmp_path, split):
     path = tmp_path / "data" / f"{split}_id.txt"
     ids = path.read_text().split()
     path.write_text("\n".join(ids[::-1]) + "\n")
-    refused(
-        lambda: TrainManager(Config(**trained), resume=""), f"{split}_id.txt", "other photos", "last.pt", "old list"
-    )
+    refused(lambda: TrainManager(Config(**trained)).run(""), f"{split}_id.txt", "other photos", "last.pt", "old list")
     path.write_text("\r\n".join(ids))
-    assert TrainManager(Config(**trained), resume="").run() == 0
+    assert TrainManager(Config(**trained)).run("") == 0
 
 
 CHANGED_TREES = [
@@ -250,22 +276,22 @@ def test_a_run_does_not_go_on_with_a_changed_tree(keys, tmp_path, part, change):
     assert TrainManager(Config(**keys)).run() == 0
     tree["nodes"][1]["colour"] = [1, 2, 3]
     path.write_text(json.dumps(tree))
-    assert TrainManager(Config(**keys), resume="").run() == 0
+    assert TrainManager(Config(**keys)).run("") == 0
     change(tree)
     path.write_text(json.dumps(tree))
-    refused(lambda: TrainManager(Config(**keys), resume=""), str(path), "has changed", "last.pt", part, "put the old")
+    refused(lambda: TrainManager(Config(**keys)).run(""), str(path), "has changed", "last.pt", part, "put the old")
 
 
 def test_a_photo_that_has_gone_is_named_before_a_run_goes_on(trained, tmp_path):
     (tmp_path / "data/JPEGImages/p01.jpg").unlink()
-    refused(lambda: TrainManager(Config(**trained), resume=""), "'p01'", "JPEGImages")
+    refused(lambda: TrainManager(Config(**trained)).run(""), "'p01'", "JPEGImages")
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(trained, tmp_path):
     folder = tmp_path / "experiments/tiny/models_checkpoints"
-    for action in (lambda: TrainManager(Config(**trained), resume=str(folder)), evaluate(trained, str(folder))):
+    for action in (lambda: TrainManager(Config(**trained)).run(str(folder)), evaluate(trained, str(folder))):
         refused(action, f"{folder} is a folder", "name one checkpoint", "last.pt")
-    assert TrainManager(Config(**trained), resume="").run() == 0, "the lock was given back"
+    assert TrainManager(Config(**trained)).run("") == 0, "the lock was given back"
 
 
 @pytest.mark.parametrize("place", ["experiments/tiny", "tensorboard/tiny", "tensorboard"])
@@ -280,7 +306,7 @@ def test_a_damaged_record_of_starts_does_not_stop_a_run(trained, tmp_path, capsy
     record = tmp_path / "experiments/tiny/environment.json"
     for damage in ("{", '{"a": 1}'):
         record.write_text(damage)
-        assert TrainManager(Config(**trained), resume="").run() == 0
+        assert TrainManager(Config(**trained)).run("") == 0
         assert "environment.json is damaged and begun anew" in capsys.readouterr().err
         assert len(json.loads(record.read_text())) == 1
 
@@ -302,60 +328,44 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
     refused(evaluate(trained, "tree"), "tree.pt", "tree")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(keys, tmp_path):
-    manager = TrainManager(Config(**keys))
-    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
-    refused(manager.run, "step 0", "not finite", "p0", "grad_clip")
-    saved = torch.load(next((tmp_path / "experiments/tiny").glob("non_finite*.pt")), weights_only=True)
-    assert saved["batches"][0]["image"].shape == (2, 3, 32, 32)
-
-
-def test_a_photo_that_is_not_finite_spoils_no_weight_and_no_statistic(keys, tmp_path):
-    manager = TrainManager(Config(**keys))
-    to_device = manager._to_device
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
+    manager = TrainManager(Config(**keys | {"n_epochs": 2}))
+    to_device = manager.learner._to_device
 
     def infinite(batch):
         images, labels = to_device(batch)
-        return (images * float("inf") if manager.step == 1 else images), labels
+        return (images * float("inf") if manager.step == 3 else images), labels
 
-    manager._to_device = infinite
-    refused(manager.run, "step 1", "not finite")
-    folder = tmp_path / "experiments/tiny"
-    last = load_checkpoint(folder / "models_checkpoints/last.pt")
-    assert (last["step"], last["batch"]) == (1, 1), "the bad step is the next one"
-    saved = torch.load(folder / "non_finite_step_1.pt", weights_only=True)
-    for name, tensor in last["model"].items():
-        assert tensor.isfinite().all(), name
-        assert torch.equal(tensor, saved["model"][name]), name
+    manager.learner._to_device = infinite
+    refused(manager.run, "step 4 (epoch 2): loss nan", "not finite", "Photos: p0", "from before it", "grad_clip")
+    last = load_checkpoint(tmp_path / "experiments/tiny/models_checkpoints/last.pt")
+    assert (last["step"], last["epoch"]) == (2, 1)
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
 
 
-def test_a_batch_that_cannot_be_saved_is_said(keys, tmp_path, monkeypatch):
-    manager = TrainManager(Config(**keys))
-    manager.criterion = lambda logits, labels: logits.sum() * float("nan")
-
-    write = torch.save
-
-    def full(content, target):
-        if not isinstance(target, Path):  # a checkpoint
-            return write(content, target)
-        target.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    refused(manager.run, "could not be saved", "No space left")
-    assert not list((tmp_path / "experiments/tiny").glob("non_finite*"))
-
-
-def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(keys, tmp_path):
-    keys["n_epochs"] = 2
-    assert TrainManager(Config(**keys)).run() == 0
+def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(trained, tmp_path):
     folder = tmp_path / "experiments/tiny/models_checkpoints"
-    shutil.copy(folder / "last.pt", folder / "best.pt")  # the second epoch's, whatever its score
-    manager = TrainManager(Config(**keys), resume="checkpoint_1")
-    assert not (folder / "best.pt").exists()
-    assert manager.best is None
-    assert manager.run() == 0
+    (folder / "best.pt").unlink()
+    assert TrainManager(Config(**trained | {"n_epochs": 2})).run("") == 0
     assert load_checkpoint(folder / "best.pt")["epoch"] == 2
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_says_what_happens_to_the_rate(trained, tmp_path, capsys):
+    refused(train(trained, n_epochs=3), "exists already with another config (n_epochs differ)", "--resume")
+    assert TrainManager(Config(**trained | {"n_epochs": 3})).run("") == 0
+    output = capsys.readouterr().out
+    assert "n_epochs 1 -> 3: the poly schedule is spread over all; lr goes on at 0.00694, where it stood at 0" in output
+    assert "resumed from" in output
+    assert "epoch 3/3" in output
+    copy = json.loads((tmp_path / "experiments/tiny/configs/tiny.json").read_text())
+    assert copy["n_epochs"] == 3
+    refused(lambda: TrainManager(Config(**trained | {"n_epochs": 2})).run(""), "n_epochs: 3 then, 2 now")
+
+
+def test_resume_auto_starts_and_then_goes_on(keys, capsys):
+    for part in ("2 epochs of", "is finished (2 epochs)"):
+        assert TrainManager(Config(**keys | {"n_epochs": 2})).run("auto") == 0
+        assert part in capsys.readouterr().out
 
 
 def test_the_config_of_a_run_is_written_as_it_was(trained, tmp_path):

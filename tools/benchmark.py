@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from manage import distributed
 from manage.experiment import environment
+from manage.session import session
 from tools.benchmark_stages import STAGES, Contest, Setting, make_data, peak_memory_of
 from utils.cli import progress, run_main
 
@@ -200,5 +200,5 @@ def write_profile(setting: Setting, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.session():
+    with session():
         run_main(main)

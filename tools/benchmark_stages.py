@@ -29,7 +29,8 @@ from manage.data import train_loader
 from manage.distributed import choose_device
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.inference import photo_logits
-from manage.train_manager import TrainManager, peak_memory
+from manage.train_manager import TrainManager
+from manage.training_state import peak_memory
 from models.hseg import HSEG
 from tools import baselines
 from tools.make_sample_data import Settings, make_data_set
@@ -356,7 +357,7 @@ def step_flops(manager: TrainManager, crop: int) -> int:
     """Of forward and backward of one batch."""
     images = torch.randn(manager.config.batch_size, 3, crop, crop, device=manager.device)
     with FlopCounterMode(display=False) as counter:
-        manager.network(images).sum().backward()
+        manager.learner.network(images).sum().backward()
     return counter.get_total_flops()
 
 

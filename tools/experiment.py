@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import REPOSITORY
 from manage.comparison import compare
-from manage.experiment import Lock, config_copy, cores
+from manage.experiment import config_copy, cores
 from tools.compare import write_report
 from tools.experiment_runs import Entry, Run, read_entries
 from utils.cli import run_main
 from utils.errors import UserError
-from utils.locks import try_lock
+from utils.locks import Lock
 
 SCORING = ("--checkpoint", "last", "--decode", "all", "--no-pictures")
 
@@ -167,11 +167,7 @@ class Job:
 
     def _is_trained_by_another(self) -> bool:
         """A training that outlived its runner holds the experiment's lock; it is waited for."""
-        try:
-            with open(self.run.config.experiment_dir / ".lock", "r+", encoding="utf-8") as file:
-                return not try_lock(file)
-        except OSError:  # none was taken yet; or none can be, which train.py will say
-            return False
+        return Lock(self.run.config.experiment_dir).is_held()
 
 
 # ---- results -----------------------------------------------------------------------------------------------------

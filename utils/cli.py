@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from threading import Thread
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -31,9 +31,20 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
+def duration(seconds: float) -> str:
+    """In words, such as `3 h 20 min`."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def progress(items: Iterable | None = None, **options) -> tqdm:
-    """tqdm on stderr; where that is no terminal, a line every half minute instead of ten a second."""
-    return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+    """tqdm on stderr; where that is no terminal, a whole line every half minute instead of ten times a second."""
+    if sys.stderr.isatty():
+        return tqdm(items, mininterval=0.2, **options)
+    line = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed}, {remaining} left{postfix}"
+    return tqdm(items, **{"mininterval": 30, "delay": 30, "bar_format": line, "file": _Lines(sys.stderr)} | options)
 
 
 def map_files(
@@ -65,3 +76,17 @@ def _end_with_parent() -> None:
     """A worker of a killed parent would wait for its next item for ever."""
     parent = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class _Lines:
+    """A log file for tqdm, which paints over its line: whole lines instead."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if words := text.strip("\r\n "):
+            self.stream.write(words + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()

@@ -1,0 +1,144 @@
+"""The network and what changes it: one optimiser step, and all of it that a checkpoint holds."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.config import Config
+from manage import distributed
+from manage.inference import autocast, chosen_amp
+from manage.network import build_network, load_start_weights, load_weights
+from manage.training_report import say
+from manage.training_state import build_optimizer
+from models.ema import EMA
+from utils.dataset import Sample
+from utils.encoding import Encoding
+from utils.errors import UserError
+from utils.hierarchy import Hierarchy
+from utils.losses import build_criterion, node_weights
+
+
+class Learner:
+    """Network, averaged weights, criterion, optimiser and scaler.
+
+    Raises: UserError where the config asks for what cannot be.
+    """
+
+    def __init__(self, config: Config, hierarchy: Hierarchy, encoding: Encoding, device: torch.device) -> None:
+        self.config, self.hierarchy, self.encoding, self.device = config, hierarchy, encoding, device
+        self.amp = chosen_amp(device, config.amp)
+        on_gpu_in_half = device.type == "cuda" and self.amp != "off"
+        self.is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
+        layout = torch.channels_last if self.is_channels_last else torch.preserve_format
+        self.network = build_network(config, hierarchy, encoding.pixels).to(device, memory_format=layout)
+        if config.sync_batchnorm:
+            if device.type != "cuda":
+                raise UserError("key 'sync_batchnorm': works on GPUs only; set it to false")
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
+        weights = node_weights(config.node_weights, encoding.labelled, hierarchy)
+        self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, weights, config.compile)
+        self.optimizer = build_optimizer(self.network, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+        self.trained: nn.Module = torch.compile(self.network) if config.compile else self.network
+        if distributed.world() > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.trained = DistributedDataParallel(self.trained, device_ids=ids)
+
+    def start(self) -> None:
+        """Takes the weights that a training starts from. Raises: UserError when they cannot be had."""
+        load_start_weights(self.network, self.hierarchy, self.config, say)
+        if self.ema:
+            self.ema = EMA(self.network, self.config.ema_decay)
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is validated and kept: that of the averaged weights, if there are any."""
+        return self.ema.module if self.ema else self.network
+
+    def set_train_mode(self, is_frozen: bool) -> None:
+        """`is_frozen`: the encoder learns nothing, not even the statistics of BatchNorm."""
+        self.trained.train()
+        if is_frozen:
+            self.network.encoder.eval()
+        if self.config.freeze_batchnorm:
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def step(self, group: Sequence[Sample], lr: float, is_frozen: bool = False) -> Tensor:
+        """Forward, loss, backward, optimiser step; returns loss, norm of the gradient and scale of fp16.
+
+        The loss of each part is weighted by its share of known pixels, so that batches, accumulated batches and
+        processes add up to the gradient of one large batch. Nothing here waits for the device: whether the step was
+        finite is read some steps later, and before anything is saved.
+        """
+        encoder_factor = 0.0 if is_frozen else self.config.encoder_lr_factor
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr * (encoder_factor if parameters["is_encoder"] else 1.0)
+        batches = [self._to_device(batch) for batch in group]
+        shares = self._shares([labels for _, labels in batches])
+        step_loss = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part, (images, labels) in enumerate(batches):
+            with self._without_sync(part < len(group) - 1):
+                with autocast(self.device, self.amp):
+                    logits = self.trained(images)
+                loss = self.criterion(logits.float(), labels) * shares[part]
+                self.scaler.scale(loss * distributed.world()).backward()  # DDP averages, we want the sum
+            step_loss += loss.detach()
+        distributed.sum_over_processes([step_loss])
+        norm = self._clip()
+        self.scaler.step(self.optimizer)
+        scale = self.scaler.scale(torch.ones_like(step_loss)) * self.scaler.is_enabled()
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.network)
+        return torch.stack([step_loss, norm, scale])
+
+    def state(self) -> dict:
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict, source: str) -> None:
+        load_weights(self.network, state["model"], source)
+        if self.ema:
+            load_weights(self.ema.module, state["ema"], source)
+            self.ema.updates = int(state["ema_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def _to_device(self, batch: Sample) -> tuple[Tensor, Tensor]:
+        images = batch.image.to(self.device, non_blocking=True)
+        if self.is_channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, batch.labels.to(self.device, non_blocking=True)
+
+    def _shares(self, labels: list[Tensor]) -> Tensor:
+        """The share of each part in the known pixels of all parts and processes."""
+        known = torch.stack([(part != self.hierarchy.ignore_index).sum() for part in labels])
+        total = known.sum()
+        distributed.sum_over_processes([total])
+        return known / total.clamp(min=1)
+
+    def _clip(self) -> Tensor:
+        """The norm of the gradient before it is clipped."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        return norm
+
+    def _without_sync(self, more_to_come: bool):
+        if more_to_come and isinstance(self.trained, DistributedDataParallel):
+            return self.trained.no_sync()
+        return contextlib.nullcontext()
