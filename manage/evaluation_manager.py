@@ -19,7 +19,7 @@ from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
 from manage.experiment import environment
-from manage.inference import logit_rows, photo_named
+from manage.inference import chosen_amp, logit_rows, photo_named
 from manage.network import check_same_network, load_hierarchy, restore_network, tree_changes
 from manage.predictor import Decoding, how_to_feed
 from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
@@ -286,7 +286,7 @@ class EvaluationManager:
             "checkpoint": self.checkpoint.name if self._is_own else str(self.checkpoint.resolve()),
             "checkpoint_sha256": self.digest,
             "epoch": self.epoch,
-            "amp": self.config.amp,  # of this evaluation; "config" is the training's
+            "amp": chosen_amp(self.device, self.config.amp),  # of this evaluation; "config" is the training's
             "tta": self.how["tta"],
             "tile": self.how["tile"],
             "decode": first.rule,

@@ -201,6 +201,7 @@ def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:
     least = getattr(network, "stride", 32)
     if min(height, width) < least:  # slimmer than the encoder's stride
         images = F.pad(images.float(), (0, max(0, least - width), 0, max(0, least - height)), mode="replicate")
+    amp = chosen_amp(images.device, amp)
     with autocast(images.device, amp):
         logits = network(images)
     logits = logits.float()[..., :height, :width]

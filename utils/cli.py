@@ -85,7 +85,7 @@ class _Lines:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        if words := text.strip("\r\n "):
+        if words := text.replace("\x1b[A", "").strip("\r\n "):  # without moves of the cursor
             self.stream.write(words + "\n")
 
     def flush(self) -> None:
