@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 WHOLE = 1024 * 2048  # pixels that go through at once
-TILE, SMALLEST_TILE = 1024, 256
+TILE, SMALLEST_TILE = 768, 256
 BAND = 2**23  # logits in a band of rows; decoding takes four times as much
 SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
 MEAN_OF = "logits"  # what the views of test-time augmentation are averaged as; or "probabilities"
@@ -147,7 +147,7 @@ def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int
     below, share = (above + 1).clamp(max=fed[0] - 1), (source - above).float()
     held, top, row = None, 0, 0
     for part in parts:
-        held = part if held is None else torch.cat([held, part], dim=1)
+        held, part = part if held is None else torch.cat([held, part], dim=1), None  # noqa: PLW2901: let go of it
         ready = int((below < top + held.shape[1]).sum())
         band = max(1, BAND // (held.shape[0] * size[1]))
         for start in range(row, ready, band):

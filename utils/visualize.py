@@ -27,11 +27,13 @@ def overlay(photo: np.ndarray, labels: np.ndarray, hierarchy: Hierarchy, strengt
 
     Shape: (H, W, 3) uint8, (H, W) node ids -> (H, W, 3) uint8.
     """
-    weight = np.full((256, 1), round(256 * strength), dtype=np.uint16)
-    weight[[*hierarchy.background, hierarchy.ignore_index]] = 0
-    alpha = weight[labels]
-    mixed = photo.astype(np.uint16) * (256 - alpha) + palette(hierarchy)[labels].astype(np.uint16) * alpha
-    return (mixed >> 8).astype(np.uint8)
+    alpha = np.full((256, 1), round(256 * strength), dtype=np.uint16)
+    alpha[[*hierarchy.background, hierarchy.ignore_index]] = 0
+    added = palette(hierarchy) * alpha  # (256, 3)
+    mixed = np.empty_like(photo)
+    for row, seen, into in zip(labels, photo, mixed, strict=True):  # row by row: a photo may be large
+        into[:] = (seen * (256 - alpha[row]) + added[row]) >> 8
+    return mixed
 
 
 def captioned_overlay(photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy, largest: int = 4096) -> np.ndarray:
