@@ -4,13 +4,12 @@
     for rows, logits in logit_rows(network, image, size):                  # (1, N, rows, W), from top to bottom
 
 A photo of more than `WHOLE` pixels goes through in windows that overlap by a quarter. A window says nothing within a
-sixteenth of its side from an edge inside the photo, where it lacks context; from there its say grows until its
+sixteenth of its side from an edge inside the photo, where it lacks context; from there its say grows to where its
 neighbour's ends. Windows start at multiples of the network's stride, so that a pixel sees the same grid as in the
 whole photo.
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -52,31 +51,24 @@ def logit_rows(
     Raises: NotFinite; what an allocator raises, where even the smallest windows are too large.
     """
     height, width = image.shape[-2:]
-    if tile is None and height * width > WHOLE:
-        tile = TILE
-    # views at other scales hold more detail than the fed size, where the photo itself has more
-    grain = 2 if tta == "full" and (height, width) != size and height < size[0] else 1
-    for side in itertools.chain([tile], smaller_tiles(tile or max(height, width))):
-        begun = False
+    # the larger views hold more detail than the fed size, of which a photo that was reduced gains
+    grain = 2 if tta == "full" and height < size[0] else 1
+    tile, is_begun = tile or (TILE if height * width > WHOLE else max(height, width)), False
+    while True:
         try:
-            parts = _blended(network, image, side, grain, (amp, tta, mirror))
-            for rows, logits in _resized(parts, (grain * height, grain * width), size):
-                begun = True
-                yield rows, logits
+            parts = _blended(network, image, tile, grain, (amp, tta, mirror))
+            for band in _resized(parts, (grain * height, grain * width), size):
+                is_begun = True
+                yield band
             return
         except (RuntimeError, MemoryError) as error:
-            if begun or not is_out_of_memory(error) or side == SMALLEST_TILE:
+            if is_begun or not is_out_of_memory(error) or tile <= SMALLEST_TILE:
                 raise
-
-
-def smaller_tiles(tile: int) -> Iterator[int]:
-    """Halves, down to the smallest."""
-    while tile > SMALLEST_TILE:
         tile = max(SMALLEST_TILE, tile // 2)
-        yield tile
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """An allocator of a GPU or of the machine gave up; that of the CPU says so in words alone."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
@@ -91,32 +83,31 @@ def photo_named(name: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"photo {name!r}: does not fit in memory, even in windows of {SMALLEST_TILE}; leave other work on this "
-            "machine, make the photo smaller, or set a short_side in the config and train with it"
+            f"photo {name!r}: does not fit in memory, even in windows of {SMALLEST_TILE}; end other work on this "
+            "machine, make the photo smaller, or train with a short_side"
         ) from None
 
 
-# --- windows ---
-def windows(length: int, tile: int | None, stride: int) -> list[tuple[slice, Tensor]]:
+def windows(length: int, tile: int, stride: int) -> list[tuple[slice, Tensor]]:
     """Where the windows of one axis lie, and their weights, which add up to 1 at every pixel."""
-    tile = -(-tile // stride) * stride if tile else length
+    tile = -(-tile // stride) * stride
     if length <= tile:
         return [(slice(0, length), torch.ones(length))]
     step = max(stride, 3 * tile // 4 // stride * stride)
     last = -((tile - length) // stride) * stride  # its end is the photo's, and its start on the grid of strides
-    overlap, margin = tile - step, (tile - step) / 4
-    total, found = torch.zeros(length), []
+    margin, total, found = (tile - step) / 4, torch.zeros(length), []
     for start in [*range(0, last, step), last]:
         inside = slice(start, min(start + tile, length))
         x = torch.arange(inside.start, inside.stop) + 0.5
-        left = x - start if start else torch.full_like(x, torch.inf)
-        right = inside.stop - x if inside.stop < length else torch.full_like(x, torch.inf)
-        found.append((inside, ((torch.minimum(left, right) - margin) / (overlap - 2 * margin)).clamp(0, 1)))
+        to_edge = torch.full_like(x, torch.inf) if start == 0 else x - start
+        if inside.stop < length:
+            to_edge = torch.minimum(to_edge, inside.stop - x)
+        found.append((inside, ((to_edge - margin) / (2 * margin)).clamp(0, 1)))
         total[inside] += found[-1][1]
     return [(inside, weights / total[inside]) for inside, weights in found]
 
 
-def _blended(network: nn.Module, image: Tensor, tile: int | None, grain: int, how: tuple) -> Iterator[Tensor]:
+def _blended(network: nn.Module, image: Tensor, tile: int, grain: int, how: tuple) -> Iterator[Tensor]:
     """Shape: (3, h, w) -> parts of (N, grain * h, grain * w), from top to bottom."""
     stride = getattr(network, "stride", 32)
     down, across = (windows(length, tile, stride) for length in image.shape[-2:])
@@ -130,8 +121,8 @@ def _blended(network: nn.Module, image: Tensor, tile: int | None, grain: int, ho
             logits = _mean_of_views(network, image[:, rows, columns], grain, *how)
             if part is None:
                 part = logits.new_zeros(*logits.shape[:2], grain * image.shape[-1])
-            weights = row_weights[:, None] * column_weights
-            weights = weights.repeat_interleave(grain, 0).repeat_interleave(grain, 1).to(logits.device)
+            weights = (row_weights[:, None] * column_weights).to(logits.device)
+            weights = weights.repeat_interleave(grain, 0).repeat_interleave(grain, 1)
             part[..., grain * columns.start : grain * columns.stop].addcmul_(logits, weights)
         if rest is not None:
             part[:, : rest.shape[1]] += rest
@@ -147,48 +138,46 @@ def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int
     below, share = (above + 1).clamp(max=fed[0] - 1), (source - above).float()
     held, top, row = None, 0, 0
     for part in parts:
-        held, part = part if held is None else torch.cat([held, part], dim=1), None  # noqa: PLW2901: let go of it
+        held, part = part if held is None else torch.cat([held, part], dim=1), None  # lets go of the part
         ready = int((below < top + held.shape[1]).sum())
         band = max(1, BAND // (held.shape[0] * size[1]))
         for start in range(row, ready, band):
             rows = slice(start, min(start + band, ready))
             strip = held[:, rows.start - top : rows.stop - top]
             if fed[0] != size[0]:
-                a, b = ((index[rows] - top).to(held.device) for index in (above, below))
-                strip = torch.lerp(held[:, a], held[:, b], share[rows, None].to(held.device))
-            logits = strip[None]
+                a, b, weight = (index.to(held.device) for index in (above[rows] - top, below[rows] - top, share[rows]))
+                strip = torch.lerp(held[:, a], held[:, b], weight[:, None])
             if fed[1] != size[1]:
-                logits = F.interpolate(logits, (strip.shape[1], size[1]), mode="bilinear", align_corners=False)
-            yield rows, logits.contiguous()  # one plane a node, which decoding reads faster
+                shape = (strip.shape[1], size[1])
+                strip = F.interpolate(strip[None], shape, mode="bilinear", align_corners=False)[0]
+            yield rows, strip[None].contiguous()  # one plane a node, which decoding reads faster
         row = ready
         if row < size[0]:
-            kept = int(above[row])
+            kept = min(int(above[row]), top + held.shape[1])
             held, top = held[:, kept - top :].clone(), kept
 
 
-# --- one window ---
 @torch.inference_mode()
 def _mean_of_views(
     network: nn.Module, image: Tensor, grain: int, amp: str, tta: str, mirror: Sequence[int] | None
 ) -> Tensor:
     """The mean over scales and flips. Shape: (3, h, w) uint8 -> (N, grain * h, grain * w)."""
-    size = [grain * side for side in image.shape[-2:]]
-    total, flips = None, (False,) if tta == "off" else (False, True)
-    for scale, is_flipped in itertools.product(SCALES[tta], flips):
+    size, total, count = [grain * side for side in image.shape[-2:]], 0, 0
+    for scale in SCALES[tta]:
         view = image[None]
         if scale != 1:
             shape = [max(1, round(side * scale)) for side in image.shape[-2:]]
             view = F.interpolate(view.float(), shape, mode="bilinear", align_corners=False)
-        logits = _forward(network, view.flip(-1) if is_flipped else view, amp)
-        if is_flipped:
-            logits = logits.flip(-1) if mirror is None else logits.flip(-1)[:, list(mirror)]
-        if list(logits.shape[-2:]) != size:
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-        if tta == "off":
-            return logits[0]
-        logits = logits.sigmoid() if MEAN_OF == "probabilities" else logits
-        total = logits if total is None else total + logits
-    mean = total[0] / (len(SCALES[tta]) * len(flips))
+        for is_flipped in (False,) if tta == "off" else (False, True):
+            logits = _forward(network, view.flip(-1) if is_flipped else view, amp)
+            if is_flipped:
+                logits = logits.flip(-1) if mirror is None else logits.flip(-1)[:, list(mirror)]
+            if list(logits.shape[-2:]) != size:
+                logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+            if tta == "off":
+                return logits[0]
+            total, count = total + (logits.sigmoid() if MEAN_OF == "probabilities" else logits), count + 1
+    mean = total[0] / count
     return mean.logit(eps=1e-7) if MEAN_OF == "probabilities" else mean
 
 

@@ -1,0 +1,121 @@
+"""A photo through the network: windows, bands and views say what the whole photo says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manage import inference
+from manage.inference import NotFinite, logit_rows, photo_logits, photo_named, windows
+from utils.errors import UserError
+
+
+class Edges(nn.Module):
+    """A network that sees one pixel far, and counts the pixels of its largest input."""
+
+    stride = 32
+
+    def __init__(self, fails_above: float = float("inf")) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.fails_above, self.largest = nn.Conv2d(3, 4, 3, padding=1), fails_above, 0
+        self.layer.weight.data /= 99  # photos go up to 255
+
+    def forward(self, photos: Tensor) -> Tensor:
+        pixels = photos.shape[-2] * photos.shape[-1]
+        if pixels > self.fails_above:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        self.largest = max(self.largest, pixels)
+        return self.layer(photos.float())
+
+
+def noise(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def plainly(network: nn.Module, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The whole photo at once."""
+    with torch.no_grad():
+        logits = network.layer(image[None].float())
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+@pytest.mark.parametrize(("length", "tile"), [(1000, 256), (257, 256), (256, 256), (700, 100), (5000, 768)])
+def test_windows_cover_each_pixel_with_weight_one_on_the_grid_of_strides(length, tile):
+    total = torch.zeros(length)
+    for inside, weights in windows(length, tile, 32):
+        assert inside.start % 32 == 0
+        assert inside.stop - inside.start <= tile + 31
+        total[inside] += weights
+    torch.testing.assert_close(total, torch.ones(length))
+
+
+@pytest.mark.parametrize("band", [2**23, 5000], ids=["one band", "many bands"])
+@pytest.mark.parametrize("size", [(300, 500), (611, 703), (90, 77), (300, 703)])
+def test_windows_and_bands_say_what_the_whole_photo_says(monkeypatch, size, band):
+    monkeypatch.setattr(inference, "BAND", band)
+    network, image = Edges(), noise(300, 500)
+    rows, parts = zip(*logit_rows(network, image, size, tile=128), strict=True)
+    assert network.largest == 128 * 128
+    assert [r.start for r in rows] == [0, *(r.stop for r in rows[:-1])]
+    torch.testing.assert_close(torch.cat(parts, 2), plainly(network, image, size), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(photo_logits(network, image, size), plainly(network, image, size), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(700, 1), (1, 700)])
+def test_a_sliver_goes_through_in_windows(shape):
+    image = noise(*shape)
+    whole = photo_logits(Edges(), image, shape)
+    torch.testing.assert_close(photo_logits(Edges(), image, shape, tile=256), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_only_a_large_photo_is_cut_into_windows_unasked(monkeypatch):
+    monkeypatch.setattr(inference, "WHOLE", 300 * 500)
+    monkeypatch.setattr(inference, "TILE", 256)
+    for image, largest in ((noise(300, 500), 300 * 500), (noise(301, 500), 256 * 256)):
+        network = Edges()
+        photo_logits(network, image, tuple(image.shape[1:]))
+        assert network.largest == largest
+
+
+@pytest.mark.parametrize("tta", ["flip", "full"])
+@pytest.mark.parametrize("mean_of", ["logits", "probabilities"])
+def test_views_are_averaged_as_the_constant_says(monkeypatch, tta, mean_of):
+    monkeypatch.setattr(inference, "MEAN_OF", mean_of)
+    network, image, size = Edges(), noise(64, 96), (64, 96)
+    views, shape = [], list(size)
+    for scale in inference.SCALES[tta]:
+        scaled = F.interpolate(image[None].float(), [round(scale * side) for side in shape], mode="bilinear")
+        with torch.no_grad():
+            pair = network.layer(scaled), network.layer(scaled.flip(-1)).flip(-1)
+        views += [F.interpolate(logits, shape, mode="bilinear") for logits in pair]
+    expected = torch.stack(views).mean(0)
+    if mean_of == "probabilities":
+        expected = torch.stack(views).sigmoid().mean(0).logit()
+    torch.testing.assert_close(photo_logits(network, image, size, tta=tta), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_flip_swaps_the_nodes_of_a_mirror_pair():
+    network, image = Edges(), noise(64, 96)
+    swapped = photo_logits(network, image, (64, 96), tta="flip", mirror=[0, 2, 1, 3])
+    plain, flipped = (photo_logits(network, x, (64, 96)) for x in (image, image.flip(-1)))
+    torch.testing.assert_close(swapped, (plain + flipped.flip(-1)[:, [0, 2, 1, 3]]) / 2)
+
+
+def test_where_memory_lacks_windows_shrink_and_then_the_photo_is_named():
+    image, size = noise(600, 900), (600, 900)
+    small = Edges(fails_above=300 * 300)
+    torch.testing.assert_close(photo_logits(small, image, size), plainly(small, image, size), atol=2e-4, rtol=1e-4)
+    assert small.largest == 256 * 256
+    message = "photo 'a.jpg': does not fit in memory, even in windows of 256"
+    with pytest.raises(UserError, match=message), photo_named("a.jpg"):
+        photo_logits(Edges(fails_above=0), image, size)
+    with pytest.raises(RuntimeError, match="another fault"), photo_named("a.jpg"):
+        raise RuntimeError("another fault")
+
+
+def test_an_overflow_in_half_precision_names_the_key_to_change():
+    network = Edges()
+    network.layer.weight.data *= float("inf")
+    with pytest.raises(NotFinite, match=r"photo 'a': .* set amp=off or amp=bf16"), photo_named("a"):
+        photo_logits(network, noise(40, 40), (40, 40), amp="bf16")
