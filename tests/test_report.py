@@ -172,26 +172,6 @@ def test_a_folder_that_cannot_be_written_is_a_users_mistake(h, tmp_path):
 
 # --- the page ---
 @pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium that reaches no network."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-dev.txt")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    binary = next(filter(None, map(shutil.which, names)), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1280,900"):
-        options.add_argument(f"--{argument}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chromium
-    chromium.quit()
-
-
-@pytest.fixture(scope="module")
 def site(tmp_path_factory, h) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("evaluation #1")
     return folder / "index.html", make_report(folder, h, PHOTOS)

@@ -64,9 +64,7 @@ SCRIPT = """
 const find = (what) => element.querySelector(what);
 const make = (tag, values) => Object.assign(document.createElement(tag), values);
 const named = (node, share) => `${props.value.names[node]} ${Math.round(100 * share)} %`;
-const loaded = (source) => new Promise((done) => {
-  const image = make('img', { onload: () => done(image), src: source });
-});
+const loaded = (src) => new Promise((done) => { const image = make('img', { onload: () => done(image), src }); });
 let level = 0, photo, maps;  // maps: the levels below each other, in pixels of (node, 255 * probability, 0, 255)
 const at = (which, i) => 4 * (which * photo.width * photo.height + i);
 
@@ -138,7 +136,7 @@ def decode_again(predictor: Predictor, result: Result, rule: str, offset: float)
 def to_show(result: Result, rule: str) -> dict[str, Any]:
     """What the page's script draws: the photo, and class and probability of each pixel at each level."""
     h, logits, sheets = result.hierarchy, result.logits.float(), []
-    scores = log_mass(logits.flatten(1), h).exp().view(logits.shape) if rule in OF_LEAVES else logits.sigmoid()
+    scores = log_mass(logits[None], h)[0].exp() if rule in OF_LEAVES else logits.sigmoid()
     for nodes in result.levels:
         share = scores.gather(0, torch.from_numpy(nodes).long()[None])[0]
         sheets.append(np.dstack([nodes, (255 * share).round().byte().numpy(), np.zeros_like(nodes)]))
@@ -162,7 +160,7 @@ def to_download(result: Result, photo: Path) -> str:
     return shutil.make_archive(str(output.folder), "zip", output.folder)
 
 
-def build(predictor: Predictor, name: str) -> "gr.Blocks":
+def build(predictor: Predictor) -> "gr.Blocks":
     """The page."""
     h, own = predictor.hierarchy, predictor.decoding
     bias = [own.root_bias.get(h.names[v], 0.0) for v in sorted(h.background)]
@@ -177,24 +175,31 @@ def build(predictor: Predictor, name: str) -> "gr.Blocks":
         try:
             return refresh(path, predict(predictor, path) if path else None, rule, offset)
         except UserError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title="Parts of a photo", analytics_enabled=False) as page:
-        gr.Markdown(f"# Parts of a photo\n{name} · tree {h.name} · {h.num_leaves} parts, {h.num_levels} levels")
+        gr.Markdown(f"# Parts of a photo\nmodel {predictor.config.exp_name} · tree {h.name}, {h.num_leaves} parts")
         with gr.Row():
             with gr.Column(scale=1):
                 photo = gr.Image(type="filepath", image_mode=None, label="Photo", sources=["upload", "webcam"])
+                photo.preprocess = lambda file: file and file.path  # read by us, who can say what is wrong with it
             with gr.Column(scale=2):
                 viewer = gr.HTML(html_template=SKELETON, css_template=STYLE, js_on_load=SCRIPT, apply_default_css=False)
         with gr.Row():
             rule = gr.Dropdown(DECODE_RULES, value=own.rule, label="Decoding rule")
-            offset = gr.Slider(-3, 3, *bias[:1], step=0.1, label="Offset of the background", visible=bool(bias))
+            offset = gr.Slider(-5, 5, *bias[:1], step=0.1, label="Offset of the background", visible=bool(bias))
             download = gr.DownloadButton("Download the masks", interactive=False)
         state = gr.State()
         photo.change(begin, [photo, rule, offset], [state, viewer, download])
-        for changed in (rule.change, offset.release):
-            changed(refresh, [photo, state, rule, offset], [state, viewer, download])
+        for one in (rule, offset):
+            one.change(refresh, [photo, state, rule, offset], [state, viewer, download], trigger_mode="always_last")
     return page
+
+
+def launch(page: "gr.Blocks", **options) -> tuple:
+    """Serves the page to this machine alone, with no font to load from elsewhere."""
+    options |= {"theme": gr.themes.Base(font="system-ui", font_mono="monospace"), "ssr_mode": False, "footer_links": []}
+    return page.launch(server_name="127.0.0.1", share=False, **options)
 
 
 def main() -> None:
@@ -208,11 +213,7 @@ def main() -> None:
         raise UserError("the page needs gradio: pip install -r requirements-demo.txt")
     if not (found := [args.checkpoint] if args.checkpoint else sorted(map(str, SHIPPED.glob("*.pt")))):
         raise UserError(f"no model lies in {SHIPPED}; name yours, such as --checkpoint quickstart")
-    name = found[0]
-    page = build(Predictor.load(name, args.device), name)
-    options = {"inbrowser": not args.no_browser, "share": False, "ssr_mode": False, "footer_links": []}
-    theme = gr.themes.Base(font="system-ui", font_mono="monospace")  # no font to load
-    page.launch(server_name="127.0.0.1", server_port=args.port, theme=theme, **options)
+    launch(build(Predictor.load(found[0], args.device)), inbrowser=not args.no_browser, server_port=args.port)
 
 
 if __name__ == "__main__":

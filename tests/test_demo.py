@@ -1,0 +1,177 @@
+"""The page of tools/demo.py: what it is sent, and what a headless browser makes of it."""
+
+import base64
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from configs.config import Config
+from manage.predictor import Predictor
+from tools import demo
+from utils.errors import UserError
+
+HEAD = ("head", "upper_body", "body")
+
+
+class Halves(nn.Module):
+    """Says background on the left and head on the right, at any size."""
+
+    stride = 1
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.on_left = nn.Parameter(torch.tensor([2.0 if name == "background" else -3.0 for name in names]))
+        self.on_right = nn.Parameter(torch.tensor([1.0 if name in HEAD else -1.0 for name in names]))
+
+    def forward(self, images):
+        right = torch.arange(images.shape[-1]) >= images.shape[-1] // 2
+        row = torch.where(right, self.on_right[:, None], self.on_left[:, None])
+        return row[None, :, None].expand(len(images), -1, images.shape[-2], -1).clone()
+
+
+@pytest.fixture(scope="module")
+def predictor(tree):
+    return Predictor(Halves(tree.names), Config(exp_name="halves", decode="logit_sum"), tree)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("RGB", (80, 60), (200, 200, 200)).save(tmp_path / "two.halves.png")
+    return tmp_path / "two.halves.png"
+
+
+def picture_of(uri: str) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+
+@pytest.mark.parametrize("rule", ["logit_sum", "mass"])
+def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(predictor, photo, tree, rule):
+    result = demo.decode_again(predictor, demo.predict(predictor, str(photo)), rule, 0.0)
+    shown = demo.to_show(result, rule)
+    assert picture_of(shown["photo"]).shape == (60, 80, 3)
+    maps = picture_of(shown["maps"]).reshape(3, 60, 80, 3)
+    logits = result.logits[:, 0, 79]
+    leaves = logits[list(tree.leaves)].softmax(0)
+    for level, name in enumerate(HEAD):
+        node = tree.names.index(name)
+        mass = sum(leaf for v, leaf in zip(tree.leaves, leaves, strict=True) if node in tree.paths[v])
+        score = mass if rule == "mass" else logits[node].sigmoid()
+        assert maps[level, 30, 79, :2].tolist() == [node, round(255 * score.item())]
+        assert maps[level, 30, 0, 0] == 0
+
+
+def test_an_offset_of_the_background_moves_the_border(predictor, photo, tree):
+    result = demo.predict(predictor, str(photo))
+    assert (demo.decode_again(predictor, result, "logit_sum", 0.0).leaves == 0).mean() == 0.5
+    assert (demo.decode_again(predictor, result, "logit_sum", 30.0).leaves == 0).all()
+    assert (demo.decode_again(predictor, result, "logit_sum", -30.0).leaves != 0).all()
+
+
+def test_a_large_photo_is_reduced(predictor, tmp_path):
+    Image.new("RGB", (4000, 1000)).save(tmp_path / "wide.png")
+    height, width = demo.predict(predictor, str(tmp_path / "wide.png")).leaves.shape
+    assert 0.98 * demo.LARGEST < height * width <= demo.LARGEST
+    assert width == pytest.approx(4 * height, abs=4)
+
+
+def test_the_masks_are_those_of_predict(predictor, photo):
+    result = demo.predict(predictor, str(photo))
+    with zipfile.ZipFile(demo.to_download(result, photo)) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+        assert {"level1_parts/two.halves.png", "overlay/two.halves.jpg"} <= names
+        mask = np.array(Image.open(archive.open("level1_parts/two.halves.png")))
+    assert (mask == result.leaves).all()
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    monkeypatch.setattr(demo, "SHIPPED", tmp_path)
+    for gradio, message in ((object(), "no model lies in .*--checkpoint"), (None, "pip install -r requirements-demo")):
+        monkeypatch.setattr(demo, "gr", gradio)
+        with pytest.raises(UserError, match=message):
+            demo.main()
+
+
+# --- the page itself ---
+@pytest.fixture(scope="module")
+def page(browser, predictor):
+    if demo.gr is None:
+        pytest.skip("needs gradio: pip install -r requirements-dev.txt")
+    blocks = demo.build(predictor)
+    _, url, _ = demo.launch(blocks, prevent_thread_lock=True, quiet=True)
+    browser.get(url)
+    yield browser
+    blocks.close()
+
+
+def wait_until(page, said):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(page, 60, ignored_exceptions=[Exception]).until(lambda _: said())
+
+
+def text(page, what: str) -> str:
+    return page.find_element("css selector", what).text
+
+
+def drop(page, photo) -> None:
+    wait_until(page, lambda: page.find_element("css selector", "input[type=file]")).send_keys(str(photo))
+
+
+def hover(page, x: float) -> str:
+    """What is told at a place of the photo; x from -1, its left edge, to 1."""
+    from selenium.webdriver import ActionChains
+
+    canvas = page.find_element("css selector", ".levels ~ canvas")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    ActionChains(page).move_to_element_with_offset(canvas, int(0.45 * x * canvas.size["width"]), 5).perform()
+    return text(page, ".readout")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_photo_in_the_browser(page, photo, width):
+    from selenium.webdriver.common.keys import Keys
+
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.refresh()
+    drop(page, photo)
+    wait_until(page, lambda: "head 50 %" in text(page, ".legend"))
+    assert hover(page, -1).splitlines() == ["background 88 %", "background 88 %"]
+    assert hover(page, 1).splitlines() == ["head 73 %", "body 73 % › upper_body 73 % › head 73 %"]
+    page.find_elements("css selector", ".levels button")[2].click()
+    assert text(page, ".legend").splitlines() == ["background 50 %", "body 50 %"]
+    assert hover(page, 1).splitlines() == ["body 73 %", "body 73 %"]
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(photo.parent)})
+    page.find_element("xpath", "//button[contains(., 'Download')]").click()
+    wait_until(page, lambda: list(photo.parent.glob("*.zip")))
+    number = page.find_element("css selector", "input[type=number]")
+    number.send_keys(
+        Keys.CONTROL + "a" + Keys.NULL, "5", Keys.TAB
+    )  # on the right the path to head has 3, background -1
+    wait_until(page, lambda: text(page, ".legend") == "background 100 %")
+
+
+@pytest.mark.slow
+def test_a_file_that_is_no_photo_is_named(page, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no photo")
+    page.refresh()
+    drop(page, tmp_path / "broken.png")
+    wait_until(page, lambda: "broken.png cannot be read" in text(page, "body"))
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_of_another_host(page):
+    wait_until(page, lambda: page.find_element("css selector", "input[type=file]"))
+    entries = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
+    assert len(asked) > 10
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
