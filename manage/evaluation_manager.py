@@ -19,12 +19,13 @@ from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
 from manage.experiment import environment
-from manage.inference import chosen_amp, logit_rows, photo_named
+from manage.inference import chosen_amp, of_one_size, photo_named, pixels_at_once, rows_of_each
 from manage.network import check_same_network, load_hierarchy, restore_network, tree_changes
 from manage.predictor import Decoding, how_to_feed
 from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
 from utils import visualize
 from utils.cli import progress
+from utils.dataset import Sample
 from utils.errors import UserError
 from utils.files import read_json, set_aside, write_json
 from utils.hierarchy import Hierarchy
@@ -66,13 +67,17 @@ def predictions(
     """Every readable photo of the loader, fed as `how` tells `logit_rows`; `between` is called before each photo."""
     network.eval()
     rounds = distributed.largest(len(loader))
-    for sample in loader:
-        between()
-        bar.update()
-        if not tolerance.check(sample.index, sample.fault):
-            continue
-        image, labels = sample.image.to(device), sample.labels.to(device)
-        yield Prediction(sample.index, image, labels, logit_rows(network, image, tuple(labels.shape), **how))
+
+    def readable() -> Iterator[Sample]:
+        for sample in loader:
+            between()
+            bar.update()
+            if tolerance.check(sample.index, sample.fault):
+                yield sample._replace(image=sample.image.to(device), labels=sample.labels.to(device))
+
+    for group in of_one_size(readable(), getattr(network, "stride", 32), pixels_at_once(device, **how)):
+        for sample, bands in zip(group, rows_of_each(network, group, **how), strict=True):
+            yield Prediction(sample.index, sample.image, sample.labels, bands)
     for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
         between()
 

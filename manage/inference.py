@@ -10,12 +10,13 @@ whole photo.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.dataset import Sample
 from utils.errors import UserError
 
 WHOLE = 1024 * 2048  # pixels that go through at once
@@ -23,6 +24,8 @@ TILE, SMALLEST_TILE = 768, 256
 BAND = 2**23  # logits in a band of rows; decoding takes four times as much
 SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
 MEAN_OF = "logits"  # what the views of test-time augmentation are averaged as; or "probabilities"
+
+Rows = Iterator[tuple[slice, Tensor]]
 
 
 class NotFinite(UserError):
@@ -43,7 +46,7 @@ def logit_rows(
     tta: str = "off",
     tile: int | None = None,
     mirror: Sequence[int] | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Rows:
     """`photo_logits` in bands of rows, so that no photo is too large; where memory lacks, in smaller windows.
 
     `tile` None: windows only where the photo is large. `mirror`: the node that each node is in a mirror.
@@ -65,6 +68,55 @@ def logit_rows(
             if is_begun or not is_out_of_memory(error) or tile <= SMALLEST_TILE:
                 raise
         tile = max(SMALLEST_TILE, tile // 2)
+
+
+# --- several photos at once ---
+def pixels_at_once(device: torch.device, tta: str = "off", tile: int | None = None, **_) -> int:
+    """Of the photos that go through together: a GPU waits for nothing but the next launch when they go one by one.
+
+    Along other numbers of photos a GPU may round logits otherwise; a CPU gains nothing.
+    """
+    return WHOLE if device.type == "cuda" and tta == "off" and tile is None else 0
+
+
+def of_one_size(samples: Iterable[Sample], stride: int, pixels: int) -> Iterator[list[Sample]]:
+    """Samples whose photos, padded to the stride, have one size and at most `pixels` together; each one alone for 0."""
+    waiting: dict[tuple[int, int], list[Sample]] = {}
+    for sample in samples:
+        padded = tuple(-(-side // stride) * stride for side in sample.image.shape[-2:])
+        group = waiting.setdefault(padded, [])
+        group.append(sample)
+        if (len(group) + 1) * padded[0] * padded[1] > pixels:
+            yield waiting.pop(padded)
+    yield from waiting.values()
+
+
+def rows_of_each(network: nn.Module, group: Sequence[Sample], amp: str = "off", **how) -> list[Rows]:
+    """`logit_rows` of each photo, at its labels' size; several photos, padded to one size, go through together."""
+    one_by_one = [logit_rows(network, s.image, tuple(s.labels.shape), amp, **how) for s in group]
+    if len(group) == 1:
+        return one_by_one
+    stride = getattr(network, "stride", 32)
+    height, width = (max(-(-s.image.shape[axis] // stride) * stride for s in group) for axis in (1, 2))
+    padded = []
+    for sample in group:
+        h, w = sample.image.shape[-2:]
+        padded.append(F.pad(sample.image[None].float(), (0, width - w, 0, height - h), mode="replicate"))
+    try:
+        with torch.inference_mode(), autocast(padded[0].device, amp):
+            logits = network(torch.cat(padded)).float()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return one_by_one  # they find their own way
+    return [_rows_of(part, sample, amp) for part, sample in zip(logits, group, strict=True)]
+
+
+def _rows_of(logits: Tensor, sample: Sample, amp: str) -> Rows:
+    """Raises: NotFinite, once the rows are asked for."""
+    height, width = sample.image.shape[-2:]
+    part = _finite(logits[:, :height, :width], amp)
+    yield from _resized(iter([part]), (height, width), tuple(sample.labels.shape))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -131,7 +183,7 @@ def _blended(network: nn.Module, image: Tensor, tile: int, grain: int, how: tupl
         yield part[:, :done]
 
 
-def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int]) -> Rows:
     """What F.interpolate(mode="bilinear") makes of all parts together, in bands of rows."""
     source = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * (fed[0] / size[0]) - 0.5).clamp(0, fed[0] - 1)
     above = source.long()
@@ -193,7 +245,11 @@ def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:
     amp = chosen_amp(images.device, amp)
     with autocast(images.device, amp):
         logits = network(images)
-    logits = logits.float()[..., :height, :width]
+    return _finite(logits.float()[..., :height, :width], amp)
+
+
+def _finite(logits: Tensor, amp: str) -> Tensor:
+    """The logits. Raises: NotFinite."""
     if not logits.sum().isfinite():  # one pass; the sum of finite logits is far from overflowing
         half = "half precision may have overflowed: set amp=off or amp=bf16; otherwise " if amp != "off" else ""
         raise NotFinite(f"the network's logits are not finite; {half}its weights are spoilt: use another checkpoint")

@@ -73,6 +73,7 @@ class TrainManager:
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
         self.learner = Learner(config, self.hierarchy, self.encoding, self.device)
+        self.loader.views.show_outside(self.learner.network.input_mean)
         self._check_batchnorm()
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch

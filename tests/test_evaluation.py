@@ -1,5 +1,6 @@
 """evaluate.py: where the scores of a checkpoint go, and what is recorded of it."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from configs.config import Config
+from manage import evaluation_manager
 from manage.checkpoint import checkpoint_digest, load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
 from manage.predictor import Predictor
@@ -183,3 +185,29 @@ def test_overlays_are_drawn_on_the_photo_at_its_own_size(config, tree) -> None:
     drawn = Image.fromarray(visualize.captioned_overlay(np.asarray(read_photo(photo)), leaves, tree))
     drawn.save(folder / "expected.jpg", quality=85)
     assert (folder / "expected.jpg").read_bytes() == next((folder / "pictures" / "overlay").iterdir()).read_bytes()
+
+
+@pytest.mark.parametrize("short_side", [None, 48])
+def test_photos_that_go_through_together_count_the_same_to_the_last_pixel(config, tree, monkeypatch, short_side):
+    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", short_side=short_side)
+    config = dataclasses.replace(config, short_side=short_side)
+    groups, rows_of_each = [], evaluation_manager.rows_of_each
+    spy = lambda network, group, **how: (groups.append(len(group)), rows_of_each(network, group, **how))[1]  # noqa: E731
+    monkeypatch.setattr(evaluation_manager, "rows_of_each", spy)
+    counts = []
+    for pixels in (0, 2**20):
+        monkeypatch.setattr(evaluation_manager, "pixels_at_once", lambda *_, pixels=pixels, **__: pixels)
+        folder, _ = evaluate(config)
+        counts.append(np.load(folder / "photos.npz"))
+    assert groups[:4] == [1] * 4
+    assert max(groups[4:]) > 1
+    assert sum(groups[4:]) == 4
+    for key in counts[0]:
+        assert np.array_equal(counts[0][key], counts[1][key])
+
+
+def test_of_photos_that_go_through_together_the_spoilt_one_is_named(config, monkeypatch):
+    monkeypatch.setattr(evaluation_manager, "pixels_at_once", lambda *_, **__: 2**20)
+    spoil(config.checkpoints_dir / "best.pt", float("nan"))
+    with pytest.raises(UserError, match="photo 'drawn_"):
+        evaluate(config)

@@ -6,9 +6,10 @@ import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms.v2 import functional as tv
 
-from utils.views import MEAN_COLOUR, RandomViews, View
+from utils.views import IMAGENET_MEAN, RandomViews, View
 
 VOID, SIZE = 255, 64
+MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from models.encoders import build_encoder
 from utils.hierarchy import Hierarchy
-from utils.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 EPSILON = 1e-8
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def below(node: int, h: Hierarchy) -> list[int]:

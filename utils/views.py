@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.store import to_device
 
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 GREY = (0.299, 0.587, 0.114)
 
 
@@ -33,7 +33,7 @@ class View(NamedTuple):
 class RandomViews:
     """What views may be like, and how they are made. `mirror` is the label that each label (0 to 255) has in a mirror.
 
-    Where a view reaches over the photo's edge it shows `colour`, labelled `void`.
+    Where a view reaches over the photo's edge it shows the colour of `show_outside`, labelled `void`.
     """
 
     size: int
@@ -44,12 +44,15 @@ class RandomViews:
     rotation: float = 0.0
     color_jitter: float = 0.0
     mirror: Tensor | None = None
-    colour: Sequence[int] = MEAN_COLOUR
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
-        self.blank = torch.tensor(self.colour, dtype=torch.uint8, device=self.device).view(3, 1, 1)
+        self.show_outside(torch.tensor(IMAGENET_MEAN))
         self.mirror = self.mirror if self.mirror is None else self.mirror.to(self.device, torch.uint8)
+
+    def show_outside(self, colour: Tensor) -> None:
+        """Sets the colour of what lies outside, in units of 1: the mean that the network takes off. Shape: (3,)."""
+        self.outside = (255 * colour).round().to(self.device, torch.uint8).view(3, 1, 1)
 
     def draw(self, seed: int, width: int, height: int) -> View:
         """A random view of a photo of that size; equal seeds draw equal views."""
@@ -74,7 +77,7 @@ class RandomViews:
         )  # what the corners reach when turned
         side = self.size + 2 * margin
         more = [math.ceil(margin * view.side / self.size) for view in views]  # the same in the photo's pixels
-        images = self.blank.expand(len(views), 3, side, side).contiguous()
+        images = self.outside.expand(len(views), 3, side, side).contiguous()
         seen = torch.full((len(views), side, side), self.void, dtype=torch.uint8, device=self.device)
         places = [
             (_place(v.top - m, v.side + 2 * m, y, side), _place(v.left - m, v.side + 2 * m, x, side))
