@@ -115,7 +115,7 @@ def rows_of_each(network: nn.Module, group: Sequence[Sample], amp: str = "off", 
 def _rows_of(logits: Tensor, sample: Sample, amp: str) -> Rows:
     """Raises: NotFinite, once the rows are asked for."""
     height, width = sample.image.shape[-2:]
-    part = _finite(logits[:, :height, :width], amp)
+    part = _finite(logits[:, :height, :width], chosen_amp(logits.device, amp))
     yield from _resized(iter([part]), (height, width), tuple(sample.labels.shape))
 
 
