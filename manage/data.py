@@ -40,7 +40,7 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
     encoding = load_encoding(config.labels_dir, hierarchy)
     ids = {split: read_split(config, split) for split in ("train", "val")}
     for split in splits:
-        check_encoded(encoding, ids[split], config.ids_file(split), config.obey_exif)
+        check_encoded(encoding, ids[split], config.ids_file(split), config.obey_exif, config.skip_unreadable)
     if config.ids_file("train") != config.ids_file("val"):
         shared = sorted(set(ids["train"]) & set(ids["val"]))
         if shared:
@@ -110,7 +110,7 @@ def train_loader(
     """The loader of random views on `device`, and the sampler that says which epoch it reads."""
     if config.hflip > 0:
         hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
-    files = find_samples(read_split(config, "train"), config.images_dir, config.labels_dir)
+    files = find_samples(read_split(config, "train"), config.images_dir, config.labels_dir, config.skip_unreadable)
     views = RandomViews(
         config.crop_size,
         hierarchy.ignore_index,
@@ -135,7 +135,7 @@ def val_loader(
     config: Config, hierarchy: Hierarchy, ids: list[str], rank: int = 0, world: int = 1, device: torch.device = CPU
 ) -> ValLoader:
     """Whole photos on `device`; with several processes each photo belongs to exactly one of them."""
-    files = find_samples(ids, config.images_dir, config.labels_dir)
+    files = find_samples(ids, config.images_dir, config.labels_dir, config.skip_unreadable)
     photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, native_labels=True)
     threads = n_threads(config, without_gpu=0)
     return ValLoader(Store(photos, threads, ahead=4 * threads), range(rank, len(photos), world), device)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import utils.cli
 from tests.kill import kill_at
+from utils.dataset import find_samples
 from utils.encoder import LOCK, RECORD, Wishes, encode_folder
 from utils.encoding import check_encoded, load_encoding
 from utils.errors import UserError
@@ -190,6 +191,14 @@ def test_only_what_the_lists_name_must_be_whole(folder, tree, capsys):
     check_encoded(encoding, ["a", "b"], Path("train_id.txt"))
     with pytest.raises(UserError, match=r"train_id\.txt: 1 of 2 ids .*the first: torn; .*cannot be read"):
         check_encoded(encoding, ["a", "torn"], Path("train_id.txt"))
+    check_encoded(encoding, ["a", "torn"], Path("train_id.txt"), tolerate=1)
+    files = find_samples(["a", "torn"], folder / "JPEGImages", folder / "hie", tolerate=1)
+    with pytest.raises(UserError, match=r"torn\.png does not exist"):
+        read_labels(files[1].labels)
+    with pytest.raises(UserError, match="1 of 2 ids lack"):
+        find_samples(["a", "torn"], folder / "JPEGImages", folder / "hie")
+    with pytest.raises(UserError, match="2 of 2 ids"):
+        check_encoded(encoding, ["torn", "never seen"], Path("train_id.txt"), tolerate=2)
 
 
 @pytest.mark.parametrize("fault", ["mask", "photo"])

@@ -41,22 +41,22 @@ class Files:
     labels: Path
 
 
-def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path) -> list[Files]:
+def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path, tolerate: int = 0) -> list[Files]:
     """The files of every id, so that a missing one is named before training, not in the middle of it.
+
+    So many are tolerated that lack one: reading them fails, and is counted there.
 
     Raises: UserError with the missing ids.
     """
     photos, files, missing = PhotoFolder(images_dir), [], []
     for sample_id in ids:
-        try:
-            labels = labels_dir / f"{sample_id}.png"
-            photo = photos.find(sample_id)
-            if not labels.is_file():
-                raise UserError(f"{labels}: no such label map")
-            files.append(Files(photo, labels))
-        except UserError as error:
-            missing.append(str(error))
-    if missing:
+        photo, labels = photos.find_or_why(sample_id), labels_dir / f"{sample_id}.png"
+        if isinstance(photo, str):
+            missing.append(photo)
+        elif not labels.is_file():
+            missing.append(f"{labels}: no such label map")
+        files.append(Files(images_dir / sample_id if isinstance(photo, str) else photo, labels))
+    if len(missing) > tolerate:
         more = f"\n  and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(
             f"{len(missing)} of {len(ids)} ids lack a photo or a label map:\n  "

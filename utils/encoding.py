@@ -80,27 +80,33 @@ def _check_tree(record: dict[str, Any], hierarchy: Hierarchy, message: str) -> N
         raise UserError(message.format(f"has ignore_index {theirs}, the tree has {hierarchy.ignore_index}"))
 
 
-def check_encoded(encoding: Encoding, ids: Collection[str], source: Path, obey_exif: bool | None = None) -> None:
+def check_encoded(
+    encoding: Encoding, ids: Collection[str], source: Path, obey_exif: bool | None = None, tolerate: int = 0
+) -> None:
     """Holds ids (of the list `source`) against what was encoded, and their masks against what these were then.
 
     Size and time are compared, and the content only where the time alone differs: a copy is no change. A folder of
-    masks that is gone as a whole is let pass.
+    masks that is gone as a whole is let pass. So many ids are tolerated that encoding left out (--skip-faulty).
 
     Raises: UserError for ids without a label map, masks that have changed or are gone, EXIF read otherwise.
     """
     if None not in (obey_exif, encoding.obey_exif) and obey_exif != encoding.obey_exif:
         raise UserError(f"key 'obey_exif': is {obey_exif}, the masks were encoded with {encoding.obey_exif}; {AGAIN}")
-    if unknown := [sample_id for sample_id in ids if sample_id not in encoding.files]:
-        reason = encoding.skipped.get(unknown[0], "it had no mask")
+    unknown = [sample_id for sample_id in ids if sample_id not in encoding.files]
+    skipped = [sample_id for sample_id in unknown if sample_id in encoding.skipped]
+    if unknown and (len(skipped) < len(unknown) or len(skipped) > tolerate):
+        first = (skipped or unknown)[0]
+        without = f"; or set skip_unreadable to {len(skipped)}, to go on without them" if skipped == unknown else ""
         raise UserError(
-            f"{source}: {len(unknown)} of {len(ids)} ids have no label map in {encoding.folder} (the first: "
-            f"{unknown[0]}; when it was encoded, {reason}). Mend their masks and encode again: python "
-            "tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the list, which holds "
-            "one id a line and nothing else"
+            f"{source}: {len(unknown)} of {len(ids)} ids have no label map in {encoding.folder} (the first: {first}; "
+            f"when it was encoded, {encoding.skipped.get(first, 'it had no mask')}). Mend their masks and encode "
+            "again: python tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the "
+            f"list, which holds one id a line and nothing else{without}"
         )
     if not encoding.masks_dir.is_dir():
         return
-    if stale := {i: change for i in ids if (change := _change(encoding.masks_dir, encoding.files[i]))}:
+    known = {sample_id: encoding.files[sample_id] for sample_id in ids if sample_id in encoding.files}
+    if stale := {i: change for i, old in known.items() if (change := _change(encoding.masks_dir, old))}:
         first = next(iter(stale))
         raise UserError(
             f"{len(stale)} masks in {encoding.masks_dir} are not those that were encoded (the first: that of {first} "
