@@ -129,4 +129,4 @@ def test_a_mirror_that_gives_no_tree_is_refused(change, message):
 )
 def test_names_that_look_like_sides(names, pairs):
     h = Hierarchy("t", names, [None] * len(names), [(v, 0, 0) for v in range(len(names))], ["all"])
-    assert len(h._sides_without_mirror()) == pairs
+    assert len(h.unpaired_sides()) == pairs

@@ -3,8 +3,8 @@
     python tools/new_tree.py animals.txt                   # writes configs/hierarchies/animals.json and animals.png
     python tools/new_tree.py animals.csv --out data/animals/tree.json --levels parts,animals,all
 
-LIST is a text with one class a line, each below its parent and further in (a number before the name, as in
-classes.txt, is allowed); or a .csv with the columns `name` and `parent`:
+LIST is a text with one class a line, each further in than its parent above it (a classes.txt is one, too; its values
+are left out), or a .csv with the columns `name` and `parent`:
 
     background                 name,parent
     animal                     background,
@@ -12,8 +12,7 @@ classes.txt, is allowed); or a .csv with the columns `name` and `parent`:
         cat_head               cat,animal
         cat_body               cat_head,cat
 
-Leaves get the first ids, in the order of the list or of their numbers; then come their parents. A class named
-`background` is marked as such. `left_ear` and `right_ear` (or `ear_l` and `ear_r`) change places in a mirrored photo.
+Leaves get the first ids, then their parents. Background is marked as such, left and right as mirrors.
 """
 
 import argparse
@@ -29,12 +28,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from configs.config import REPOSITORY
+from utils.classes import BACKGROUND, VOID_NAMES
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 
-Node = tuple[str, str | None, int | None]  # name, parent, number
+Node = tuple[str, str | None, int | None]  # name, parent, value
 
 
 def read_list(path: Path) -> list[Node]:
@@ -44,31 +44,31 @@ def read_list(path: Path) -> list[Node]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a list of classes, one a line") from None
     if path.suffix.lower() != ".csv":
-        return _indented(lines, path)
+        return indented(lines, path)
     rows = list(csv.DictReader(lines, restval=""))
     if not rows or not {"name", "parent"} <= set(rows[0]):
         raise UserError(f"{path}: its first line must name the columns: name,parent (a root's parent is left empty)")
     nodes = [(row["name"].strip(), row["parent"].strip() or None, None) for row in rows]
-    for line, (_, parent, _) in enumerate(nodes, 2):
-        if parent not in {None, *(name for name, _, _ in nodes)}:
-            raise UserError(f"{path}, line {line}: the parent {parent!r} is no class of this list; add a line for it")
+    if unknown := {parent for _, parent, _ in nodes} - {None, *(name for name, _, _ in nodes)}:
+        raise UserError(f"{path}: {', '.join(sorted(unknown))} stands as a parent alone; add a line for it")
     return nodes
 
 
-def _indented(lines: list[str], path: Path) -> list[Node]:
+def indented(lines: list[str], path: Path) -> list[Node]:
     nodes, above = [], []  # above: (indent, name) from the root down
     for line, text in enumerate(lines, 1):
-        text = text.split("#")[0].expandtabs(4).rstrip()
-        if not text:
+        text = text.partition("#")[0].expandtabs(4).rstrip()
+        indent, text, left = len(text) - len(text.lstrip()), text.strip(), None
+        name = re.sub(r"^\d+\s*[:=,;]\s*|\s*:.*$", "", text)
+        value = re.search(r"^\d+(?=\s*[:=,;])|(?<=:)\s*\d+", text)
+        if not name or name.lower() in VOID_NAMES:
             continue
-        indent, left = len(text) - len(text.lstrip()), None
         while above and above[-1][0] >= indent:
             left = above.pop()[0]
         if left not in (None, indent):
-            raise UserError(f"{path}, line {line}: {text.strip()!r} should be as far in as a line above it, say {left}")
-        match = re.fullmatch(r"(?:(\d+)\s*:\s*)?(.+)", text.strip())
-        nodes.append((match[2], above[-1][1] if above else None, int(match[1]) if match[1] else None))
-        above.append((indent, match[2]))
+            raise UserError(f"{path}, line {line}: {name!r} should be as far in as a line above it, say {left}")
+        nodes.append((name, above[-1][1] if above else None, int(value[0]) if value else None))
+        above.append((indent, name))
     return nodes
 
 
@@ -79,33 +79,36 @@ def colours(count: int) -> list[list[int]]:
     to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     lab = np.array(ImageCms.applyTransform(Image.fromarray(rgb), to_lab))[0]
     lab = np.stack([lab[:, 0] / 2.55, lab[:, 1].view(np.int8), lab[:, 2].view(np.int8)], -1)
-    chosen = [0, len(lab) - 1]
+    chosen, fit = [0, len(lab) - 1], np.abs(lab[:, 0] - 60) < 32
     while len(chosen) < count + 2:
         distance = np.linalg.norm(lab[:, None] - lab[chosen], axis=-1).min(1)
-        chosen.append(int(np.where(np.abs(lab[:, 0] - 60) < 32, distance, 0).argmax()))
+        chosen.append(int((distance * fit).argmax()))
     return rgb[0, chosen[2:]].tolist()
 
 
 def make_tree(nodes: list[Node], name: str, levels: list[str] | None, source: str) -> Hierarchy:
-    """Ids, colours and level names for a list of classes. Raises: UserError where it is no tree."""
+    """Ids, colours, mirrors and level names for a list of classes. Raises: UserError where it is no tree."""
     names, parents = [node[0] for node in nodes], {node[1] for node in nodes}
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{source}: {', '.join(twice)} twice; each class needs a name of its own, such as cat_head")
     leaves = [node for node in nodes if node[0] not in parents]
-    if {number for _, _, number in leaves} == set(range(len(leaves))):
+    if {value for _, _, value in leaves} == set(range(len(leaves))):
         leaves.sort(key=lambda node: node[2])
     nodes = leaves + [node for node in nodes if node[0] in parents]
     ids = {None: None} | {node[0]: v for v, node in enumerate(nodes)}
     records = [{"id": v, "name": n, "parent": ids[parent]} for v, (n, parent, _) in enumerate(nodes)]
     for record, colour in zip(records, colours(len(nodes)), strict=True):
-        is_background = record["name"].lower() == "background" and record["parent"] is None
+        is_background = record["name"].lower() in BACKGROUND and record["parent"] is None
         record |= {"colour": [0, 0, 0], "background": True} if is_background else {"colour": colour}
     depth, layer = 0, {None}
     while layer := {name for name, parent, _ in nodes if parent in layer}:
         depth += 1
     levels = levels or ["leaves", *(f"level{i}" for i in range(2, depth)), "roots"][-depth:]
-    ignore = 255 if len(nodes) <= 255 else 65535
-    return Hierarchy.from_dict({"name": name, "ignore_index": ignore, "levels": levels, "nodes": records}, source)
+    tree = {"name": name, "ignore_index": 255 if len(nodes) <= 255 else 65535, "levels": levels, "nodes": records}
+    for pair in Hierarchy.from_dict(tree, source).unpaired_sides():
+        for one, other in (pair, pair[::-1]):
+            records[ids[one]]["mirror"] = other
+    return Hierarchy.from_dict(tree, source)
 
 
 def draw(h: Hierarchy) -> Image.Image:
@@ -123,14 +126,6 @@ def draw(h: Hierarchy) -> Image.Image:
     return picture
 
 
-def tree_text(h: Hierarchy) -> str:
-    """The tree file: JSON with a node a line."""
-    tree = h.to_dict()
-    nodes = ",\n".join(f"    {json.dumps(node, ensure_ascii=False)}" for node in tree.pop("nodes"))
-    head = "".join(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n" for key, value in tree.items())
-    return f'{{\n{head}  "nodes": [\n{nodes}\n  ]\n}}\n'
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", type=Path, metavar="LIST", help="the classes: indented text, or .csv")
@@ -139,17 +134,18 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or REPOSITORY / "configs" / "hierarchies" / f"{args.list.stem}.json"
     h = make_tree(read_list(args.list), args.list.stem, args.levels and args.levels.split(","), str(args.list))
-    if out.exists() and out.read_text(encoding="utf-8") != tree_text(h):
+    tree = h.to_dict()
+    nodes = ",\n".join("    " + json.dumps(node, ensure_ascii=False) for node in tree["nodes"])  # a node a line
+    text = json.dumps(tree | {"nodes": []}, indent=2, ensure_ascii=False)[:-4] + f"[\n{nodes}\n  ]\n}}\n"
+    if out.exists() and out.read_text(encoding="utf-8") != text:
         raise UserError(f"{out}: exists already and holds another tree; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(tree_text(h), out)
+    write_whole(text, out)
     draw(h).save(out.with_suffix(".png"))
     for v in h.preorder:
         print(f"{'  ' * (len(h.paths[v]) - 1)}{h.names[v]} ({v})")
-    if not h.background:
-        print("no class is named 'background': every class counts in the means")
-    print(f"{out}: {h.num_leaves} leaves, {h.num_nodes} classes, {h.num_levels} levels")
-    print(f"drawn in {out.with_suffix('.png')}")
+    note = "" if h.background else "; no root is named 'background', so every class counts in the means"
+    print(f"{out}: {h.num_leaves} leaves, {h.num_nodes} classes, {h.num_levels} levels, drawn in {out.stem}.png{note}")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class Hierarchy:
 
     def check_sides(self, source: str, way_out: str) -> None:
         """Before photos are mirrored. Raises: UserError where names differ as left and right do, and name no mirror."""
-        if pairs := self._sides_without_mirror():
+        if pairs := self.unpaired_sides():
             lines = "".join(f'\n  {a}: "mirror": "{b}"\n  {b}: "mirror": "{a}"' for a, b in pairs)
             raise UserError(
                 f"{source}: {pairs[0][0]!r} and {pairs[0][1]!r} look like two sides, which swap in a mirrored photo, "
@@ -135,7 +135,8 @@ class Hierarchy:
                 f"swaps), or {way_out}"
             )
 
-    def _sides_without_mirror(self) -> list[tuple[str, str]]:
+    def unpaired_sides(self) -> list[tuple[str, str]]:
+        """Names that differ as left and right do, and name no mirror."""
         pairs = [(name, _SIDES.sub(lambda m: _RIGHT[m[0]], name)) for name in self.names if _SIDES.search(name)]
         short = [(name, "r" + name[1:]) for name in self.names if name[0] == "l" and "r" + name[1:] in self.names]
         pairs += short if len(short) > 1 else []  # leye and reye, lhand and rhand; land and rand alone say nothing
