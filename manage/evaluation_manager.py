@@ -222,16 +222,14 @@ class EvaluationManager:
         for meter in meters:
             meter.violations.copy_(meters[0].violations)
             distributed.sum_over_processes(meter.tensors())
-        counts, faults, violations = (
+        counts, faults, drawn = (
             {key: value for part in distributed.gather(found) for key, value in part.items()}
-            for found in (counts, self.tolerance.faults, writer.violations)
+            for found in (counts, self.tolerance.faults, writer.drawn)
         )
         if len(counts) + len(faults) != len(self.ids):
             raise RuntimeError(f"saw {len(counts)} of {len(self.ids)} photos")
         results = {decoding.rule: meter.compute() for decoding, meter in zip(self.decodings, meters, strict=True)}
-        return (
-            distributed.on_main_only(self._write, results, counts, faults, violations, time.monotonic() - began) or {}
-        )
+        return distributed.on_main_only(self._write, results, counts, faults, drawn, time.monotonic() - began) or {}
 
     def _score(self, prediction: Prediction, meters: list[LevelScores], writer: "PictureWriter") -> list[np.ndarray]:
         """Adds a photo to the meters; its confusion matrix by each rule."""
@@ -285,7 +283,7 @@ class EvaluationManager:
                 print(f"an earlier evaluation, of other weights or options, was moved to {set_aside(self.folder)[0]}")
         self.unfinished.rename(self.folder)
 
-    def _write(self, results: dict, counts: dict, faults: dict, violations: dict, seconds: float) -> dict:
+    def _write(self, results: dict, counts: dict, faults: dict, drawn: dict, seconds: float) -> dict:
         first, order = self.decodings[0], sorted(counts)
         record = {
             "checkpoint": self.checkpoint.name if self._is_own else str(self.checkpoint.resolve()),
@@ -317,7 +315,7 @@ class EvaluationManager:
             np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **matrices)
             if self.options.pictures:
                 photos = [
-                    report.photo_line(self.ids[i], counts[i][0], violations[self.ids[i]], self.hierarchy) for i in order
+                    report.photo_line(self.ids[i], counts[i][0], drawn[self.ids[i]], self.hierarchy) for i in order
                 ]
                 report.write_report(self.unfinished, record, photos, self.hierarchy)
             self._move_into_place()
@@ -355,7 +353,7 @@ class PictureWriter:
         self.folder, self.hierarchy = folder / "pictures", hierarchy
         self.pool = ThreadPoolExecutor(threads) if is_on else None
         self.jobs: list = []  # (future, pixels)
-        self.violations: dict[str, float | None] = {}  # id -> violated share, known once the photo is drawn
+        self.drawn: dict[str, dict[str, Any]] = {}  # id -> what the page knows of the photo's pictures
 
     def __enter__(self) -> "PictureWriter":
         if self.pool is not None:
@@ -384,7 +382,7 @@ class PictureWriter:
     def _draw(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         h = self.hierarchy
         photo = np.asarray(read_photo(photo)) if isinstance(photo, Path) else photo
-        self.violations[sample_id] = report.write_photo(self.folder / "report", sample_id, photo, maps, h)
+        self.drawn[sample_id] = report.write_photo(self.folder / "report", sample_id, photo, maps, h)
         for level, name in enumerate(h.level_names):
             write_indexed(self.folder / name / f"{sample_id}.png", h.level_of(leaves, level), h.colours)
         picture = Image.fromarray(visualize.captioned_overlay(photo, leaves, h))

@@ -27,6 +27,7 @@ from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
 MAP_SIDE = 256  # longer side of label maps in the page
+CURVES = "../../metrics.jsonl"  # of the training whose checkpoint was scored
 ASSETS = Path(__file__).parent / "report_assets"
 
 
@@ -81,8 +82,13 @@ def _grid(shape: tuple[int, int]) -> list[np.ndarray]:
     ]
 
 
-def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps, hierarchy: Hierarchy) -> float | None:
-    """Writes a photo's files and returns its share of violated (pixel, edge) pairs. Shape: photo (H, W, 3) uint8."""
+def write_photo(
+    folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps, hierarchy: Hierarchy
+) -> dict[str, Any]:
+    """Writes a photo's files; its size in the page, and its share of violated (pixel, edge) pairs.
+
+    Shape: photo (H, W, 3) uint8.
+    """
     picture = Image.fromarray(photo)
     picture.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BILINEAR)
     picture.save(folder / f"{sample_id}.jpg", quality=80)
@@ -94,7 +100,7 @@ def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps
     }
     script = f"hsegPhoto({json.dumps(sample_id)}, {json.dumps(data)});\n"
     (folder / f"{sample_id}.js").write_text(script, encoding="ascii")
-    return violated_share(maps, hierarchy)
+    return {"size": data["size"], "violations": _rounded(violated_share(maps, hierarchy))}
 
 
 def violated_share(maps: SmallMaps, hierarchy: Hierarchy) -> float | None:
@@ -106,8 +112,8 @@ def violated_share(maps: SmallMaps, hierarchy: Hierarchy) -> float | None:
     return float((above[children] > above[parents]).mean())
 
 
-def photo_line(sample_id: str, matrix: np.ndarray, violations: float | None, hierarchy: Hierarchy) -> dict[str, Any]:
-    """What the page knows of every photo from the start: scores to sort by, classes to filter by.
+def photo_line(sample_id: str, matrix: np.ndarray, drawn: dict[str, Any], hierarchy: Hierarchy) -> dict[str, Any]:
+    """What the page knows of every photo from the start: scores to sort by, classes to filter by, what was drawn.
 
     Shape: matrix (N, N), the photo's counts of (label, predicted leaf).
     """
@@ -120,13 +126,12 @@ def photo_line(sample_id: str, matrix: np.ndarray, violations: float | None, hie
             iou[node] = _rounded(level["IoU"][hierarchy.names[node]])
             truth |= {node} if counts[i].any() else set()
             predicted |= {node} if counts[:, i].any() else set()
-    return {
+    return drawn | {
         "id": sample_id,
         "mIoU": [_rounded(level["mIoU"]) for level in levels],
         "IoU": iou,
         "truth": sorted(truth),
         "predicted": sorted(predicted),
-        "violations": _rounded(violations),
     }
 
 
@@ -146,6 +151,7 @@ def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, An
         "edges": hierarchy.edges,
         "order": hierarchy.preorder,
         "photos": photos,
+        "curves": CURVES if (folder / CURVES).is_file() else None,
     }
     # "<" could end the script element that holds the data, whatever a class or a photo is called
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

@@ -18,10 +18,11 @@ from utils.metrics import LevelScores, scores_from_confusion
 EVIL = "</script><script>window.hacked = 1</script>"
 IMAGE = "<img src=x onerror='window.hacked = 2'>"
 VOID = 255
-PHOTOS = 30
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+PHOTOS, PAGE = 30, 24
 
 
-def hostile_tree() -> Hierarchy:
+def hostile_tree(background: tuple[int, ...] = (0,)) -> Hierarchy:
     """Three levels, and names that break a page which takes them for HTML or for a template."""
     return Hierarchy(
         name=EVIL,
@@ -29,7 +30,7 @@ def hostile_tree() -> Hierarchy:
         parents=[None, 3, 3, 5, 5, None],
         colours=[(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (221, 221, 221)],
         level_names=["parts", "halves", IMAGE],
-        background=[0],
+        background=background,
     )
 
 
@@ -67,8 +68,8 @@ def make_report(folder: Path, h: Hierarchy, count: int) -> list[dict]:
         matrix = meter.update(leaves, labels[None], logits[None]).numpy()
         maps = sampled(labels, leaves[0], logits)
         photo = np.full((*labels.shape, 3), 120, np.uint8)
-        violations = report.write_photo(pictures, sample_id(i), photo, maps, h)
-        lines.append(report.photo_line(sample_id(i), matrix, violations, h))
+        drawn = report.write_photo(pictures, sample_id(i), photo, maps, h)
+        lines.append(report.photo_line(sample_id(i), matrix, drawn, h))
     result = meter.compute()
     scores = {
         "checkpoint": "best.pt",
@@ -139,7 +140,7 @@ def test_a_photo_without_a_known_pixel_has_no_violations(h, maps):
 def test_a_photo_is_sorted_by_the_scores_of_the_metric(h):
     labels, logits = draw(2, h)
     matrix = LevelScores(h).update(DECODERS["logit_sum"](logits[None], h), labels[None])
-    line = report.photo_line("a", matrix.numpy(), 0.25, h)
+    line = report.photo_line("a", matrix.numpy(), {}, h)
     scores = scores_from_confusion(matrix, h)
     assert line["mIoU"] == pytest.approx([scores[f"mIoU{level + 1}"] for level in range(h.num_levels)], abs=1e-5)
 
@@ -147,7 +148,7 @@ def test_a_photo_is_sorted_by_the_scores_of_the_metric(h):
 def test_classes_of_a_photo_are_those_in_truth_and_prediction(h):
     matrix = np.zeros((h.num_nodes, h.num_nodes), np.int32)
     matrix[1, 4] = 10  # leaf 1 (below 3, below 5) taken for leaf 4 (below 5)
-    line = report.photo_line("a", matrix, None, h)
+    line = report.photo_line("a", matrix, {"violations": None}, h)
     assert line["truth"] == [1, 3, 5]
     assert line["predicted"] == [4, 5]
     assert line["IoU"] == [None, 0.0, None, 0.0, 0.0, 1.0]
@@ -254,16 +255,16 @@ def test_a_row_of_the_confusion_adds_up_to_a_hundred(page):
 
 
 def test_the_gallery_begins_with_the_worst_photo(page, site):
-    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[:12]
+    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[:PAGE]
 
 
 def test_photos_sort_at_every_level_and_the_other_way_round(page, site):
     choose(page, sort="level-2", order="best")
     score = {line["id"]: line["mIoU"][2] or 0 for line in site[1]}
     shown = [score[sample_id] for sample_id in ids(page)]
-    assert shown == sorted(score.values(), reverse=True)[:12]  # photos of equal score in any order
+    assert shown == sorted(score.values(), reverse=True)[:PAGE]  # photos of equal score in any order
     choose(page, sort="violations", order="worst")
-    assert ids(page) == in_order(site[1], lambda line: -line["violations"])[:12]
+    assert ids(page) == in_order(site[1], lambda line: -line["violations"])[:PAGE]
 
 
 def test_photos_are_filtered_by_class(page, site):
@@ -272,10 +273,10 @@ def test_photos_are_filtered_by_class(page, site):
     assert 0 < len(matching) < PHOTOS
     assert texts(page, ".pager output")[0].endswith(f"of {len(matching)}")
     choose(page, sort="class")
-    assert ids(page) == in_order(matching, lambda line: line["IoU"][1])[:12]
+    assert ids(page) == in_order(matching, lambda line: line["IoU"][1])[:PAGE]
     choose(page, where="invented")
     invented = [line["id"] for line in matching if 1 not in line["truth"]]
-    assert set(ids(page)) == set(invented[:12])
+    assert set(ids(page)) == set(invented[:PAGE])
     choose(page, **{"class": "", "search": "PHOTO_0007"})
     assert ids(page) == [sample_id(7)]
     choose(page, search="no such photo")
@@ -286,14 +287,15 @@ def test_keys_turn_the_pages(page, site):
     from selenium.webdriver.common.keys import Keys
 
     order = in_order(site[1], lambda line: line["mIoU"][0])
-    for key, first in ((Keys.ARROW_RIGHT, 12), ("j", 24), ("j", 24), ("k", 12), (Keys.ARROW_LEFT, 0), ("k", 0)):
+    for key, first in ((Keys.ARROW_RIGHT, PAGE), ("j", PAGE), ("k", 0), ("j", PAGE), (Keys.ARROW_LEFT, 0), ("k", 0)):
         press(page, key)
-        assert ids(page) == order[first : first + 12]
+        assert ids(page) == order[first : first + PAGE]
     page.find_element("id", "search").send_keys("j")  # typing is not paging
     assert ids(page) == []
 
 
 def test_maps_are_drawn_in_the_colours_of_the_tree(page, h):
+    choose(page, level="all")
     card = drawn_card(page)
     number = int(card.get_attribute("data-id")[6:10])
     labels, logits = draw(number, h)
@@ -304,7 +306,7 @@ def test_maps_are_drawn_in_the_colours_of_the_tree(page, h):
         card,
     )
     assert len(drawn) == 2 + 3 * h.num_levels  # on the photo, violations, and three a level
-    palette = np.full((256, 3), 150)
+    palette = np.full((256, 3), 110)
     palette[: h.num_nodes] = h.colours
     for level in range(h.num_levels):
         for picture, wanted in ((2 + 3 * level, labels), (3 + 3 * level, leaves)):
@@ -340,13 +342,71 @@ def test_a_photo_opens_large_and_keys_go_on_from_there(page, site):
     drawn_card(page).find_element("css selector", "header button").click()
     assert drawn_card(page, "#viewer").get_attribute("data-id") == order[0]
     point_at(page, drawn_card(page, "#viewer").find_element("class name", "picture"))
-    press(page, *["j"] * 13)
+    press(page, *["j"] * 25)
     point_at(page, drawn_card(page, "#viewer").find_elements("class name", "picture")[1])
     assert texts(page, "#viewer #readout:not([hidden]) p")
-    assert drawn_card(page, "#viewer").get_attribute("data-id") == order[13]
+    assert drawn_card(page, "#viewer").get_attribute("data-id") == order[25]
+    assert texts(page, "#viewer-legend") == texts(page, "#legend")
     press(page, Keys.ESCAPE)
     assert texts(page, "#viewer .card") == []
-    assert ids(page) == order[12:24]
+    assert ids(page) == order[24:]
+    assert page.switch_to.active_element.text == order[25]  # where one has been looking
+
+
+def test_the_pager_keeps_the_focus(page, site):
+    from selenium.webdriver.common.keys import Keys
+
+    bottom = page.find_elements("css selector", ".pager [aria-label='next page']")[1]
+    page.execute_script("arguments[0].focus()", bottom)
+    press(page, Keys.ENTER)
+    top = page.find_element("css selector", ".pager [aria-label='next page']")
+    assert page.switch_to.active_element == top
+    press(page, Keys.ENTER)  # there is no next page, and the button says so
+    assert top.get_attribute("aria-disabled") == "true"
+    assert page.switch_to.active_element == top
+    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[PAGE:]
+
+
+def test_nothing_moves_when_maps_arrive(page):
+    """So that a link to what lies below the photos leads there."""
+    before = page.execute_script("return document.querySelector('#details').getBoundingClientRect().top + scrollY")
+    page.execute_script("document.querySelectorAll('.card')[20].scrollIntoView()")
+    drawn_card(page)
+    assert (
+        page.execute_script("return document.querySelector('#details').getBoundingClientRect().top + scrollY") == before
+    )
+
+
+def test_six_photos_stand_in_a_row_and_are_larger_when_enlarged_on_a_phone(page):
+    tops = page.execute_script(
+        "return [...document.querySelectorAll('.card')].map((c) => c.getBoundingClientRect().top)"
+    )
+    assert tops[:7].count(tops[0]) == 6
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    drawn_card(page).find_element("css selector", "header button").click()
+    wide = [
+        drawn_card(page, place).find_element("class name", "picture").rect["width"] for place in ("#gallery", "#viewer")
+    ]
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide[1] > 2 * wide[0]
+
+
+def test_text_follows_the_data(page, browser, tmp_path):
+    assert texts(page, "#mean-note") == ["The mean leaves background out."]
+    assert all(text.endswith(" %") for text in texts(page, ".total b"))
+    assert [link.get_attribute("href").split("/")[-1] for link in page.find_elements("css selector", "#files a")] == [
+        "scores.csv",
+        "scores.json",
+    ]
+    plain = hostile_tree(background=())
+    folder = tmp_path / "evaluation" / "best"
+    make_report(folder, plain, 1)
+    (tmp_path / "metrics.jsonl").write_text("")
+    report.write_report(folder, json.loads(data_of(folder))["scores"], [], plain)
+    browser.get((folder / "index.html").as_uri())
+    assert texts(browser, "#mean-note") == [""]
+    assert "with background" not in texts(browser, "#score-tables th")
+    assert texts(browser, "#files a")[-1] == "metrics.jsonl"
 
 
 def test_names_are_shown_as_they_are_spelt(page, h):
@@ -364,9 +424,7 @@ def test_the_page_asks_for_nothing_outside_its_folder(page, site):
 
 
 def test_nothing_is_wider_than_a_phone(page):
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    )
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     drawn_card(page)
     wide = page.execute_script("return document.documentElement.scrollWidth")
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -386,23 +444,25 @@ def test_a_photo_whose_maps_are_gone_is_named_on_its_card(browser, tmp_path, h):
     assert "is missing" in warning[0]
 
 
-def test_1817_photos_open_as_a_page_of_twelve(browser, tmp_path, h):
+def data_of(folder: Path) -> str:
+    """The JSON in a page."""
+    return (folder / "index.html").read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
+
+
+def test_1817_photos_open_as_a_page_of_24(browser, tmp_path, h):
     lines = make_report(tmp_path, h, 1)
     many = [lines[0] | {"id": f"{i:04}"} for i in range(1817)]
     folder = tmp_path / "pictures" / "report"
     script, photo = next(folder.glob("*.js")).read_text(), next(folder.glob("*.jpg"))
-    for line in many[-12:]:
+    for line in many[-24:]:
         (folder / f"{line['id']}.js").write_text(script.replace(json.dumps(sample_id(0)), json.dumps(line["id"])))
         shutil.copy(photo, folder / f"{line['id']}.jpg")
-    scores = json.loads(
-        (tmp_path / "index.html").read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
-    )
-    report.write_report(tmp_path, scores["scores"], many, h)
+    report.write_report(tmp_path, json.loads(data_of(tmp_path))["scores"], many, h)
     browser.get((tmp_path / "index.html").as_uri())
-    assert len(ids(browser)) == 12
-    assert texts(browser, ".pager output")[0] == "1–12 of 1,817"
+    assert len(ids(browser)) == PAGE
+    assert texts(browser, ".pager output")[0] == "1–24 of 1,817"
     browser.execute_script("document.querySelector('[aria-label=\"last page\"]').click()")
     browser.get_log("browser")  # the first page's photos were not written here
-    assert drawn_card(browser).get_attribute("data-id") == "1812"
+    assert drawn_card(browser).get_attribute("data-id") == "1800"
     choose(browser, order="best", sort="id")
     assert ids(browser)[0] == "1816"

@@ -5,10 +5,11 @@ const report = JSON.parse(document.getElementById("data").textContent);
 const { scores, photos } = report;
 const nodes = scores.tree.nodes;
 const levels = scores.levels.map((level, i) => ({ ...level, number: i + 1, table: report.tables[i] }));
-const PAGE = 12, KEPT = 60; // photos a page, and photos whose maps are kept
-const VOID = [150, 150, 150], RIGHT_BACKGROUND = [246, 246, 246], RIGHT = [190, 196, 202], WRONG = [179, 38, 30];
+const PAGE = 24, KEPT = 72; // photos a page, and photos whose maps are kept
+const VOID = [110, 110, 110], RIGHT_BACKGROUND = [246, 246, 246], RIGHT = [159, 211, 199], WRONG = [179, 38, 30];
 const HEAT = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]; // dark to bright: reads in grey too
 
+const BACKGROUND = nodes.filter((node) => node.background).map((node) => node.name);
 const find = (id) => document.getElementById(id);
 const isNode = (value) => value < nodes.length;
 const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : (100 * value).toFixed(digits));
@@ -39,13 +40,25 @@ function path(id) {
 function drawHead() {
   find("title").textContent = report.title;
   const bias = Object.entries(scores.root_bias).map(([root, offset]) => ` ${root} ${offset}`);
+  const tta = scores.tta && scores.tta !== "off" ? ` · test-time augmentation ${scores.tta}` : "";
   find("subtitle").textContent =
     `epoch ${scores.epoch} · ${photos.length.toLocaleString("en")} photos · decoded by ${scores.decode}` +
-    (bias.length ? ` · root bias${bias}` : "") + ` · tree ${scores.tree.name} · ${scores.environment.time}`;
+    (bias.length ? ` · root bias${bias}` : "") + `${tta} · tree ${scores.tree.name} · ${scores.environment.time}`;
+  const files = ["scores.csv", "scores.json", ...(report.curves ? [report.curves] : [])];
+  const links = files.map((file) => el("a", { href: file }, file.split("/").at(-1)));
+  find("files").append(...links.flatMap((link) => [link, " · "]), `curves: tensorboard --logdir tensorboard/${scores.config.exp_name}`);
   const totals = levels.map((level) => [`mIoU${level.number} · ${level.name}`, level.mIoU]);
-  totals.push(["pixel accuracy", scores.scores.pixel_accuracy], ["violation rate", scores.scores.violation_rate]);
+  const others = Object.entries(scores.scores).filter(([name]) => !name.startsWith("mIoU"));
+  totals.push(...others.map(([name, value]) => [name.replaceAll("_", " "), value]));
   for (const [name, value] of totals)
-    find("totals").append(el("div", { class: "total" }, el("b", {}, percent(value, 2)), el("span", {}, name)));
+    find("totals").append(el("div", { class: "total" }, el("b", {}, shown(name, value)), el("span", {}, name)));
+  if (BACKGROUND.length) find("mean-note").textContent = `The mean leaves ${BACKGROUND.join(", ")} out.`;
+}
+
+/** A share in percent; the mistake severity is a height in the tree. */
+function shown(name, value) {
+  if (name.startsWith("mistake")) return value === null ? "–" : value.toFixed(3);
+  return `${percent(value, 2)} %`;
 }
 
 function levelNodes(level) {
@@ -65,7 +78,8 @@ function scoreTable(level) {
     body.append(el("tr", {}, el("th", {}, swatch(node.colour), node.name), el("td", { class: "bar" }, bar),
       ...numbers.map((value, i) => el("td", { class: `number ${i === 3 ? "share" : ""}` }, percent(value)))));
   });
-  for (const [name, value, kind] of [["mean", level.mIoU, "mean"], ["with background", level.mIoU_with_background, ""]])
+  const means = [["mean", level.mIoU, "mean"], ["with background", level.mIoU_with_background, ""]];
+  for (const [name, value, kind] of BACKGROUND.length ? means : means.slice(0, 1))
     body.append(el("tr", { class: kind }, el("th", { colspan: 2 }, name), el("td", { class: "number" }, percent(value)),
       el("td", { colspan: 3 })));
   return el("div", { class: "panel" }, el("h3", {}, `Level ${level.number}: ${level.name}`),
@@ -77,7 +91,7 @@ function drawRules() {
   if (rules.length < 2) return;
   const columns = Object.keys(rules[0][1]).filter((name) => !name.endsWith("_with_background"));
   const body = rules.map(([rule, values]) =>
-    el("tr", {}, el("th", {}, rule), ...columns.map((name) => el("td", { class: "number" }, percent(values[name], 2)))));
+    el("tr", {}, el("th", {}, rule), ...columns.map((name) => el("td", { class: "number" }, shown(name, values[name])))));
   find("rules").append(el("h3", {}, "Decoding rules"), el("div", { class: "panel" }, el("table", { class: "scores" },
     el("thead", {}, el("tr", {}, el("th", {}, ""), ...columns.map((name) => el("th", {}, name.replaceAll("_", " "))))), el("tbody", {}, ...body))));
 }
@@ -186,8 +200,8 @@ function heat(value) {
   return HEAT[low].map((start, i) => start + (HEAT[low + 1][i] - start) * (place - low));
 }
 
-/** The tiles of a photo: caption, and what paints it once the maps are there. */
-function tilesOf(photo, shown) {
+/** The tiles of a photo: caption, and what paints it once the maps are there. At a glance: four of the finest level. */
+function tilesOf(photo, view) {
   const tiles = [
     { caption: "photo", photo: true },
     { caption: "overlay", photo: true, draw: (maps, canvas) =>
@@ -195,49 +209,44 @@ function tilesOf(photo, shown) {
     { caption: `violations ${percent(photo.violations, 2)} %`, draw: (maps, canvas) =>
       paint(canvas, maps.scoreWidth, maps.scoreHeight, (i) => HEAT_PIXELS[excess(maps, i)]) },
   ];
-  for (const level of shown) {
-    const draw = (pixelAt) => (maps, canvas) => paint(canvas, maps.width, maps.height, (i) =>
+  for (const level of isGlance(view) ? levels.slice(0, 1) : view === "all" ? levels : [levels[view]]) {
+    const of = isGlance(view) ? "" : `${level.name}: `, draw = (pixelAt) => (maps, canvas) => paint(canvas, maps.width, maps.height, (i) =>
       pixelAt(classAt(maps.truth[i], level), classAt(maps.leaves[i], level)));
-    tiles.push({ caption: `${level.name}: truth`, draw: draw((truth) => PIXELS[truth]) },
-      { caption: `${level.name}: prediction`, draw: draw((_, predicted) => PIXELS[predicted]) },
-      { caption: `${level.name}: difference`, draw: draw(difference) });
+    tiles.push({ caption: `${of}truth`, draw: draw((truth) => PIXELS[truth]) },
+      { caption: `${of}prediction`, draw: draw((_, predicted) => PIXELS[predicted]) },
+      { caption: `${of}difference`, draw: draw(difference) });
   }
-  return tiles;
+  return isGlance(view) ? [0, 1, 3, 5].map((i) => tiles[i]) : tiles;
 }
 
-function card(photo, shown) {
+const isGlance = (view) => view === "glance";
+
+function card(photo, view) {
   const open = el("button", { type: "button", title: "enlarge" }, photo.id);
-  const values = levels.map((level, i) => el("span", {}, `mIoU${level.number} ${percent(photo.mIoU[i])}`));
+  const values = levels.slice(0, isGlance(view) ? 1 : undefined).map((level, i) => el("span", {}, `mIoU${level.number} ${percent(photo.mIoU[i])} %`));
   const chosen = state.class === "" ? null : nodes[state.class];
-  if (chosen) values.push(el("span", {}, swatch(chosen.colour), `${chosen.name} ${percent(photo.IoU[chosen.id])}`));
-  const grid = el("div", { class: "tiles" });
+  if (chosen) values.push(el("span", {}, swatch(chosen.colour), `${chosen.name} ${percent(photo.IoU[chosen.id])} %`));
+  const grid = el("div", { class: "tiles" }), tiles = tilesOf(photo, view);
   const element = el("article", { class: "card", "data-id": photo.id }, el("header", {}, open, ...values), grid);
-  for (const tile of tilesOf(photo, shown)) {
+  for (const tile of tiles) {
     const picture = el("div", { class: "picture" });
-    picture.style.aspectRatio = "4 / 3";
+    picture.style.aspectRatio = `${photo.size[0]} / ${photo.size[1]}`; // nothing moves when the maps arrive
     if (tile.photo) picture.append(el("img", { src: address("report", photo.id, "jpg"), loading: "lazy", alt: `photo ${photo.id}` }));
     if (tile.draw) picture.append(el("canvas", { class: tile.photo ? "over" : "", role: "img", "aria-label": `${photo.id}, ${tile.caption}` }));
     grid.append(el("figure", { class: "tile" }, picture, el("figcaption", { title: tile.caption }, tile.caption)));
   }
-  element.style.setProperty("--columns", shown.length + 1);
-  element.photo = photo;
-  element.shown = shown;
+  element.style.setProperty("--columns", Math.ceil(tiles.length / 3));
+  element.style.setProperty("--ratio", photo.size[0] / photo.size[1]);
+  Object.assign(element, { photo, tiles });
   open.addEventListener("click", () => openViewer(photo));
   near.observe(element);
   return element;
 }
 
 async function fill(element) {
-  const { photo, shown } = element;
   try {
-    const maps = await load(photo.id);
-    element.maps = maps;
-    element.style.setProperty("--ratio", maps.width / maps.height);
-    tilesOf(photo, shown).forEach((tile, i) => {
-      const picture = element.querySelectorAll(".picture")[i];
-      picture.style.aspectRatio = `${maps.width} / ${maps.height}`;
-      if (tile.draw) tile.draw(maps, picture.querySelector("canvas"));
-    });
+    const maps = element.maps = await load(element.photo.id), pictures = element.querySelectorAll(".picture");
+    element.tiles.forEach((tile, i) => tile.draw?.(maps, pictures[i].querySelector("canvas")));
     element.dataset.drawn = "yes";
   } catch (error) {
     element.querySelector("header").append(el("span", { class: "warning" }, `cannot be drawn: ${error.message}`));
@@ -301,7 +310,7 @@ function hideReadout() {
 }
 
 // --- the gallery ---
-const state = { sort: "level-0", order: "worst", class: "", where: "either", search: "", level: "all", page: 0 };
+const state = { sort: "level-0", order: "worst", class: "", where: "either", search: "", level: "glance", page: 0 };
 let chosen = []; // the photos that pass the filter, in order
 
 function sortValue(photo) {
@@ -332,27 +341,36 @@ function choose() {
 function showPage(page) {
   const last = Math.max(0, Math.ceil(chosen.length / PAGE) - 1);
   state.page = Math.min(Math.max(page, 0), last);
-  const start = state.page * PAGE, shown = state.level === "all" ? levels : [levels[state.level]];
+  const start = state.page * PAGE;
   near.disconnect();
   hideReadout();
-  const cards = chosen.slice(start, start + PAGE).map((photo) => card(photo, shown));
+  const cards = chosen.slice(start, start + PAGE).map((photo) => card(photo, state.level));
+  find("gallery").className = state.level === "glance" ? "glance" : "";
   find("gallery").replaceChildren(...(cards.length ? cards : [el("p", { class: "empty" }, "No photo is like that.")]));
   const text = chosen.length ? `${start + 1}–${start + cards.length} of ${chosen.length.toLocaleString("en")}` : "none";
-  for (const pager of document.querySelectorAll(".pager")) {
-    const button = (label, name, target, off) => {
-      const element = el("button", { type: "button", "aria-label": name }, label);
-      element.disabled = off;
-      element.addEventListener("click", () => turn(target));
-      return element;
-    };
-    pager.replaceChildren(button("«", "first page", 0, state.page === 0), button("‹", "page back", state.page - 1, state.page === 0),
-      el("output", {}, text), button("›", "next page", state.page + 1, state.page === last), button("»", "last page", last, state.page === last));
-  }
+  for (const output of document.querySelectorAll(".pager output")) output.textContent = text;
+  for (const button of document.querySelectorAll(".pager button")) // not `disabled`, which would lose the focus
+    button.setAttribute("aria-disabled", state.page === (button.backwards ? 0 : last));
 }
 
 function turn(page) {
   showPage(page);
   find("controls").scrollIntoView();
+}
+
+function drawPagers() {
+  const far = 1e9, steps = [["«", "first page", -far], ["‹", "page back", -1], null, ["›", "next page", 1], ["»", "last page", far]];
+  for (const pager of document.querySelectorAll(".pager"))
+    pager.append(...steps.map((step, i) => {
+      if (step === null) return el("output");
+      const button = el("button", { type: "button", "aria-label": step[1] }, step[0]);
+      button.backwards = step[2] < 0;
+      button.addEventListener("click", () => {
+        turn(state.page + step[2]);
+        document.querySelector(".pager").children[i].focus({ preventScroll: true }); // the one that is in sight now
+      });
+      return button;
+    }));
 }
 
 // --- one photo, large ---
@@ -365,25 +383,18 @@ function openViewer(photo) {
 
 function showInViewer(index) {
   viewed = Math.min(Math.max(index, 0), chosen.length - 1);
-  const photo = chosen[viewed], element = card(photo, levels);
-  const button = (label, name, action) => {
-    const made = el("button", { type: "button", "aria-label": name }, label);
-    made.addEventListener("click", action);
-    return made;
-  };
   hideReadout();
-  find("viewer").replaceChildren(el("div", { class: "bar-top" },
-    button("‹", "photo before", () => showInViewer(viewed - 1)), button("›", "next photo", () => showInViewer(viewed + 1)),
-    el("output", {}, `${viewed + 1} of ${chosen.length.toLocaleString("en")}`),
-    el("a", { href: address("overlay", photo.id, "jpg"), target: "_blank" }, "full size"),
-    button("✕", "close", () => find("viewer").close())), element);
+  find("viewed").replaceChildren(card(chosen[viewed], "all"));
+  find("viewed-place").textContent = `${viewed + 1} of ${chosen.length.toLocaleString("en")}`;
+  find("full-size").href = address("overlay", chosen[viewed].id, "jpg");
 }
 
 function onViewerClosed() {
   hideReadout();
-  find("viewer").replaceChildren();
+  find("viewed").replaceChildren();
   const page = Math.floor(viewed / PAGE);
   if (page !== state.page) turn(page);
+  find("gallery").children[viewed - page * PAGE].querySelector("button")?.focus({ preventScroll: page === state.page });
 }
 
 // --- controls ---
@@ -394,7 +405,7 @@ function option(value, text) {
 function drawControls() {
   find("sort").append(...levels.map((level, i) => option(`level-${i}`, `mIoU${level.number} of the photo`)),
     option("class", "IoU of the class"), option("violations", "violations"), option("id", "id"));
-  find("level").append(option("all", "all levels"), ...levels.map((level, i) => option(i, `level ${level.number}: ${level.name}`)));
+  find("level").append(option("glance", "at a glance"), option("all", "all levels"), ...levels.map((level, i) => option(i, `level ${level.number}: ${level.name}`)));
   find("class").append(option("", "any"));
   const seen = new Set();
   for (const level of levels) {
@@ -422,12 +433,12 @@ function enableControls() {
   if (isAny && state.sort === "class") find("sort").value = state.sort = "level-0";
 }
 
-function drawLegend() {
+function drawLegend(box) {
   const entry = (mark, ...text) => el("span", {}, mark, ...text);
   const nodeEntry = (id) => el("span", { title: path(id).join(" › ") }, "›".repeat(path(id).length - 1), swatch(nodes[id].colour), nodes[id].name);
   const ramp = el("span", { class: "ramp" });
   ramp.style.background = `linear-gradient(to right, ${HEAT.map(css)})`;
-  find("legend").append(...report.order.map(nodeEntry),
+  box.append(...report.order.map(nodeEntry),
     entry(swatch(VOID), "void"), entry(swatch(WRONG), "differs"), entry(swatch(RIGHT), "agrees"),
     entry(ramp, "violation: how far a score exceeds its parent's, 0 to 1 on a square-root scale"));
 }
@@ -463,6 +474,9 @@ function listen() {
     if (element && event.pointerType !== "touch") openViewer(element.photo);
   });
   find("viewer").addEventListener("close", onViewerClosed);
+  find("viewed-before").addEventListener("click", () => showInViewer(viewed - 1));
+  find("viewed-next").addEventListener("click", () => showInViewer(viewed + 1));
+  find("viewer-close").addEventListener("click", () => find("viewer").close());
   find("share").addEventListener("change", drawConfusion);
 }
 
@@ -470,7 +484,9 @@ drawHead();
 find("score-tables").append(...levels.map(scoreTable));
 drawRules();
 drawConfusion();
-drawLegend();
+drawLegend(find("legend"));
+drawLegend(find("viewer-legend"));
+drawPagers();
 drawControls();
 drawDetails();
 listen();
