@@ -62,7 +62,9 @@ def encoding_of(folder, tree):
 
 
 def state(folder):
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "hie").iterdir()}
+    """Content of all files, and the time of the maps."""
+    files = [path for path in (folder / "hie").iterdir() if path.name[0] != "."]
+    return {path.name: (path.suffix == ".png" and path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def names(folder):

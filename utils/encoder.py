@@ -21,7 +21,7 @@ from utils.cli import map_files
 from utils.errors import UserError
 from utils.files import names_aside, read_json, remove_unfinished, write_whole
 from utils.ids import PhotoFolder
-from utils.label_map import Job, Rules, encode_mask, stands
+from utils.label_map import Job, Rules, encode_mask
 from utils.masks import MaskReader, find_masks
 
 if TYPE_CHECKING:  # it brings torch with it, which the worker processes can do without
@@ -32,7 +32,7 @@ FORMAT = 2
 FAULTS_SHOWN = 20
 LABELS = 256  # one byte a pixel
 SLICE = 5000  # masks between two saves of what is done
-KEYS = set("source bytes mtime_ns sha256 encoded_bytes width height counts".split())
+KEYS = set("source bytes mtime_ns sha256 encoded_bytes width height counts orientation".split())
 SAME = ("format", "hierarchy", "classes", "by", "obey_exif")  # where one differs, all is encoded again
 OPEN_EXIF = (
     "the photos of {} masks (the first: {}, EXIF orientation {}) are turned or mirrored by EXIF, and their sizes do "
@@ -110,66 +110,56 @@ class _Run:
     def encode(self, masks: dict[str, list[Path]], photos: PhotoFolder) -> int:
         last = _last_record(self.save_dir)
         old = last["files"] if all(last.get(key) == self.head[key] for key in SAME) else {}
-        ours = {*last["files"], *last.get("writing", ())}
+        ours = {*last["files"], *last["writing"]}
         remove_unfinished(self.save_dir)
         _set_aside([path for path in sorted(self.save_dir.glob("[!.]*.png")) if path.stem not in ours], self.save_dir)
-        jobs = [Job(i, paths, photos.find_or_why(i), old.get(i) or None) for i, paths in masks.items()]
+        jobs = [Job(i, paths, photos.find_or_why(i), old.get(i)) for i, paths in masks.items()]
         self.files = {job.sample_id: job.old for job in jobs if job.old}
-        self.faults = {i: f"id '{i}' has no mask" for i in self.wishes.ids or () if i not in masks}
+        must = masks.keys() if self.wishes.ids is None else set(self.wishes.ids)
+        self.faults = {i: f"id '{i}' has no mask" for i in must if i not in masks}
         claim = partial(self._write, complete=False, writing=sorted({*masks, *ours}))
-        is_done = last.get("complete") is True and ours == {*masks} and all(stands(job, self.rules) for job in jobs)
 
         changed = 0
         for start in range(0, len(jobs), SLICE):
-            if not is_done:
-                claim()
+            claim()
             changed += self._encode(jobs[start : start + SLICE])
-        must = set(self.faults if self.wishes.ids is None else self.wishes.ids) & set(self.faults)
-        if must and (self.open_exif.keys() & must or not self.wishes.skip_faulty):
-            if not is_done:
-                claim()
-            total = len(masks if self.wishes.ids is None else self.wishes.ids)
-            raise UserError(self._all_faults(must, total))
+        faulty = self.faults.keys() & must
+        if self.open_exif.keys() & must or (faulty and not self.wishes.skip_faulty):
+            claim()
+            raise UserError(self._all_faults(faulty, len(must)))
         self._tell()
-        end = {"complete": True, "skipped": self.faults, **_totals(self.files, self.hierarchy)}
-        if is_done and last == self._content(end):
-            return changed
-        claim()
         for sample_id in ours - self.files.keys():
             (self.save_dir / f"{sample_id}.png").unlink(missing_ok=True)
-        self._write(**end)
+        self._write(complete=True, skipped=self.faults, **_totals(self.files, self.hierarchy))
         return changed
 
     def _encode(self, jobs: list[Job]) -> int:
-        changed = 0
-        for outcome in map_files(partial(encode_mask, rules=self.rules), jobs, "encoding"):
+        outcomes = map_files(partial(encode_mask, rules=self.rules), jobs, "encoding")
+        for outcome in outcomes:
             self.files[outcome.sample_id] = outcome.record
-            changed += outcome.is_new
             if outcome.fault:
                 self.faults[outcome.sample_id] = outcome.fault
                 del self.files[outcome.sample_id]
             if outcome.open_exif:
                 self.open_exif[outcome.sample_id] = outcome.open_exif
-        return changed
-
-    def _content(self, rest: dict[str, Any]) -> dict[str, Any]:
-        return self.head | rest | {"masks": len(self.files), "files": self.files}
+        return sum(outcome.is_new for outcome in outcomes)
 
     def _write(self, **rest: Any) -> None:
         """encoding.json: short enough at its head to be read by people, one line a file."""
-        lines = [f"  {json.dumps(key)}: {_one_a_line(value)}" for key, value in self._content(rest).items()]
+        content = self.head | rest | {"masks": len(self.files), "files": self.files}
+        lines = [f"  {json.dumps(key)}: {_one_a_line(value)}" for key, value in content.items()]
         write_whole("{\n" + ",\n".join(lines) + "\n}\n", self.save_dir / RECORD)
 
-    def _all_faults(self, must: set[str], total: int) -> str:
+    def _all_faults(self, faulty: set[str], total: int) -> str:
         """The faults that end the run; that of EXIF once for all."""
-        faults = [fault for i, fault in self.faults.items() if i in must and i not in self.open_exif]
-        if turned := [i for i in self.open_exif if i in must]:
+        faults = [fault for i, fault in self.faults.items() if i in faulty and i not in self.open_exif]
+        if turned := [i for i in self.open_exif if i in faulty]:
             faults.insert(0, OPEN_EXIF.format(len(turned), turned[0], self.open_exif[turned[0]]))
-        shown = "\n  ".join(faults[:FAULTS_SHOWN])
-        more = f"\n  and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
+        more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
         return (
-            f"{len(must)} of {total} masks cannot be encoded:\n  {shown}{more}\nMend them and run again, or take them "
-            "from the id lists, or leave them out with --skip-faulty"
+            f"{len(faulty)} of {total} masks cannot be encoded:\n  "
+            + "\n  ".join(faults[:FAULTS_SHOWN] + more)
+            + "\nMend them and run again, or take them from the id lists, or leave them out with --skip-faulty"
         )
 
     def _tell(self) -> None:
@@ -206,13 +196,12 @@ def mask_reader(hierarchy: "Hierarchy", classes: dict[str, str] | None, by: str)
 
 def _last_record(save_dir: Path) -> dict[str, Any]:
     """What the last run left, complete or not."""
-    nothing = {"files": {}, "skipped": {}}
     try:
         record = read_json(save_dir / RECORD)
         files = {i: old if old.keys() >= KEYS else {} for i, old in record["files"].items()}
-        return nothing | record | {"files": files}
+        return {"writing": ()} | record | {"files": files}
     except (UserError, KeyError, TypeError, AttributeError):
-        return nothing
+        return {"writing": (), "files": {}}
 
 
 def _set_aside(files: list[Path], save_dir: Path) -> None:

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -35,12 +35,11 @@ class Job:
     old: dict[str, Any] | None
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one mask: its record, or its fault."""
 
     sample_id: str
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
     fault: str = ""
     is_new: bool = False
     open_exif: int = 0  # the photo's orientation, where it is open whether the mask has it, too
@@ -58,72 +57,57 @@ def encode_mask(job: Job, rules: Rules) -> Outcome:
         if len(job.masks) > 1:
             raise UserError(f"two masks of '{job.sample_id}': {job.masks[0]} and {job.masks[1]}; keep one")
         size, orientation = photo_header(job.photo)
-        record = _old_record(job, rules)
-        if record is None or record.get("orientation", 1) != orientation:
-            return _encode(job, rules, size, orientation)
-        if (record["width"], record["height"]) != _seen(size, orientation):
+        record, is_new = _kept(job, rules), False
+        if record is None or record["orientation"] != orientation:
+            record, is_new = _encode(job, rules, size, orientation)
+        elif (record["width"], record["height"]) != _seen(size, orientation):
             raise UserError(_misfit(job, (record["width"], record["height"]), size, orientation))
-        return Outcome(job.sample_id, record)
+        return Outcome(job.sample_id, record, is_new=is_new)
     except _OpenExif as tag:
         return Outcome(job.sample_id, fault="whether its EXIF orientation counts is open", open_exif=tag.args[0])
     except (UserError, OSError) as error:
         return Outcome(job.sample_id, fault=str(error))
 
 
-def stands(job: Job, rules: Rules) -> bool:
-    """Whether the last run's record and map hold, by sizes and times alone."""
-    old = job.old
-    if old is None or len(job.masks) != 1 or _source(job, rules) != old["source"]:
+def is_same(mask: str | Path, old: dict[str, Any]) -> bool:
+    """Whether a mask is what it was by size and time, or else by its content. Raises: OSError."""
+    now = _stamp(mask)
+    if now["bytes"] != old["bytes"]:
         return False
-    encoded = rules.save_dir / f"{job.sample_id}.png"
-    is_whole = encoded.is_file() and encoded.stat().st_size == old["encoded_bytes"]
-    return is_whole and stamp(job.masks[0]) == {key: old[key] for key in ("bytes", "mtime_ns")}
+    return now["mtime_ns"] == old["mtime_ns"] or _sha256(mask) == old["sha256"]
 
 
-def stamp(path: str | Path) -> dict[str, int]:
-    """Size and time. Raises: OSError."""
-    stat = os.stat(path)
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _old_record(job: Job, rules: Rules) -> dict[str, Any] | None:
-    """The last run's record, where it holds; for a mask that was only copied or touched with its new time."""
-    if job.old is None:
+def _kept(job: Job, rules: Rules) -> dict[str, Any] | None:
+    """The last run's record where it still holds; a mask that was only copied or touched has a new time."""
+    old, encoded = job.old, rules.save_dir / f"{job.sample_id}.png"
+    if not old or old["source"] != _source(job, rules) or not is_same(job.masks[0], old):
         return None
-    touched = job.old | stamp(job.masks[0])
-    if not stands(Job(job.sample_id, job.masks, job.photo, touched), rules):
-        return None
-    return touched if stands(job, rules) or (touched["bytes"] == job.old["bytes"] and _same(job)) else None
+    return old | _stamp(job.masks[0]) if encoded.is_file() and encoded.stat().st_size == old["encoded_bytes"] else None
 
 
-def _encode(job: Job, rules: Rules, size: tuple[int, int], orientation: int) -> Outcome:
+def _encode(job: Job, rules: Rules, size: tuple[int, int], orientation: int) -> tuple[dict[str, Any], bool]:
+    """The record of the label map, and whether it had to be written."""
     mask = job.masks[0]
     labels, by_colour = rules.reader.read(mask)
     is_turned = _is_stored(job, labels.shape[::-1], size, orientation, rules.obey_exif)
     if is_turned:
         labels = np.asarray(upright(Image.fromarray(labels), orientation))
-    counts = Image.fromarray(labels).histogram()
-    data = indexed_png(labels, rules.reader.palette)
-    target = rules.save_dir / f"{job.sample_id}.png"
+    data, target = indexed_png(labels, rules.reader.palette), rules.save_dir / f"{job.sample_id}.png"
     is_new = not target.is_file() or target.read_bytes() != data
     if is_new:  # not flushed to the disk one by one: a power cut may leave a map cut short, which reading names
         write_whole(data, target, sync=False)
-    record = {
+    return {
         "source": _source(job, rules),
-        **stamp(mask),
-        "sha256": sha256(mask),
+        **_stamp(mask),
+        "sha256": _sha256(mask),
         "encoded_bytes": len(data),
         "width": labels.shape[1],
         "height": labels.shape[0],
-        "counts": {str(label): count for label, count in enumerate(counts) if count},
-    }
-    record |= {"orientation": orientation, "turned": is_turned} if orientation > 1 else {}
-    record |= {"by_colour": True} if by_colour else {}
-    return Outcome(job.sample_id, record, is_new=is_new)
+        "orientation": orientation,
+        "turned": is_turned,
+        "by_colour": by_colour,
+        "counts": {str(label): count for label, count in enumerate(Image.fromarray(labels).histogram()) if count},
+    }, is_new
 
 
 def _is_stored(job: Job, mask: tuple[int, int], size: tuple[int, int], orientation: int, obey: bool | None) -> bool:
@@ -153,5 +137,10 @@ def _source(job: Job, rules: Rules) -> str:
     return job.masks[0].relative_to(rules.masks_dir).as_posix()
 
 
-def _same(job: Job) -> bool:
-    return sha256(job.masks[0]) == job.old["sha256"]
+def _stamp(path: str | Path) -> dict[str, int]:
+    stat = os.stat(path)
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
