@@ -158,11 +158,13 @@ def keep_photos(config: Config, loaders: dict[str, TrainLoader | ValLoader], dev
 
     Raises: UserError when they do not fit where the config wants them.
     """
+    if config.cache == "off":
+        return "no photos are kept (cache=off): each is decoded anew in every epoch"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     places = {"memory": (CPU, free_memory() // processes)}
     if device.type == "cuda":
         places = {"device": (device, torch.cuda.mem_get_info(device)[0])} | places
-    if config.cache not in ("auto", "off", *places):
+    if config.cache not in ("auto", *places):
         raise UserError(f"key 'cache': 'device' needs a GPU, and this device is {device}; use auto, memory or off")
     said, taken = [], dict.fromkeys(places, 0.0)
     for name, loader in loaders.items():

@@ -103,7 +103,7 @@ def test_trainings_with_and_without_cache_end_with_the_same_bits(data, tmp_path)
         manager = TrainManager(config)
         assert manager.run() == 0
         lines = (tmp_path / "experiments" / cache / "metrics.jsonl").read_text().splitlines()
-        ends.append((manager.network.state_dict(), [json.loads(line)["loss_val"] for line in lines]))
+        ends.append((manager.learner.network.state_dict(), [json.loads(line)["loss_val"] for line in lines]))
     (one, losses), (other, again) = ends
     assert losses == again
     assert all(torch.equal(one[key], other[key]) for key in one)

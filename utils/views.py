@@ -49,6 +49,8 @@ class RandomViews:
     def __post_init__(self) -> None:
         self.show_outside(torch.tensor(IMAGENET_MEAN))
         self.mirror = self.mirror if self.mirror is None else self.mirror.to(self.device, torch.uint8)
+        widest = math.radians(min(45, self.rotation))
+        self.margin = math.ceil(self.size * (math.cos(widest) + math.sin(widest) - 1) / 2)  # for corners that turn in
 
     def show_outside(self, colour: Tensor) -> None:
         """Sets the colour of what lies outside, in units of 1: the mean that the network takes off. Shape: (3,)."""
@@ -71,12 +73,8 @@ class RandomViews:
 
         Shape: (3, h, w) and (h, w) each -> (B, 3, size, size), (B, size, size); all uint8.
         """
-        widest = math.radians(min(45, self.rotation))
-        margin = math.ceil(
-            self.size * (math.cos(widest) + math.sin(widest) - 1) / 2
-        )  # what the corners reach when turned
-        side = self.size + 2 * margin
-        more = [math.ceil(margin * view.side / self.size) for view in views]  # the same in the photo's pixels
+        side = self.size + 2 * self.margin
+        more = [math.ceil(self.margin * view.side / self.size) for view in views]  # the same in the photo's pixels
         images = self.outside.expand(len(views), 3, side, side).contiguous()
         seen = torch.full((len(views), side, side), self.void, dtype=torch.uint8, device=self.device)
         places = [
@@ -89,25 +87,20 @@ class RandomViews:
         for i, (y, x) in enumerate(places):
             view, map_ = _resize(windows[i], maps[i], y.length, x.length)
             if views[i].flip:
-                view, map_ = view.flip(-1), self._mirrored(map_)
+                view, map_ = view.flip(-1), map_.flip(-1)
+                map_ = map_ if self.mirror is None else self.mirror[map_.int()]
                 x = x._replace(offset=side - x.offset - x.length)
             images[i, :, y.drawn, x.drawn], seen[i, y.drawn, x.drawn] = view, map_
         if self.rotation:
-            shares = [v.side / (v.side + 2 * m) for v, m in zip(views, more, strict=True)]
-            images, seen = self._turn(images, seen, [v.angle for v in views], shares)
+            shares = [view.side / (view.side + 2 * m) for view, m in zip(views, more, strict=True)]
+            images, seen = self._turn(images, seen, [math.radians(view.angle) for view in views], shares)
         if any(view[5:] != (1, 1, 1) for view in views):
             images = _coloured(images, self._numbers([view[5:] for view in views]))
         return images, seen
 
-    def _mirrored(self, labels: Tensor) -> Tensor:
-        labels = labels.flip(-1)
-        return labels if self.mirror is None else self.mirror[labels.int()]
-
     def _turn(self, images: Tensor, seen: Tensor, angles: Sequence[float], shares: Sequence[float]) -> tuple:
         """The middle of larger views, turned; `shares` is how much of each side the middle takes."""
-        turns = [
-            (s * math.cos(math.radians(a)), s * math.sin(math.radians(a))) for a, s in zip(angles, shares, strict=True)
-        ]
+        turns = [(share * math.cos(a), share * math.sin(a)) for a, share in zip(angles, shares, strict=True)]
         theta = self._numbers([((c, -s, 0), (s, c, 0)) for c, s in turns])
         grid = F.affine_grid(theta, [len(angles), 3, self.size, self.size], align_corners=False)
         images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
@@ -116,12 +109,8 @@ class RandomViews:
 
     def _numbers(self, rows: Sequence) -> Tensor:
         """A tensor on the device; nothing waits for its copy."""
-        numbers = torch.tensor(rows, dtype=torch.float32)
-        return (
-            numbers.pin_memory().to(self.device, non_blocking=True)
-            if self.device.type == "cuda"
-            else numbers.to(self.device)
-        )
+        numbers = torch.tensor(rows, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        return numbers.to(self.device, non_blocking=True)
 
 
 class Place(NamedTuple):
@@ -152,7 +141,12 @@ def _resize(photo: Tensor, labels: Tensor, height: int, width: int) -> tuple[Ten
     """Shape: (3, h, w), (h, w) -> (3, height, width), (height, width); the photo stays bytes on the CPU alone."""
     photo = photo if photo.device.type == "cpu" else photo.float()  # CUDA has no kernel for bytes
     photo = F.interpolate(photo[None], (height, width), mode="bilinear", antialias=True)[0]
-    labels = F.interpolate(labels[None, None], (height, width), mode="nearest-exact")[0, 0]
+    # nearest: floor((i + 0.5) * old / new), in whole numbers; a CPU gathers so three times as fast as it interpolates
+    rows, columns = (
+        (2 * torch.arange(new, device=labels.device) + 1) * old // (2 * new)
+        for new, old in zip((height, width), labels.shape, strict=True)
+    )
+    labels = labels.gather(1, columns.expand(labels.shape[0], -1)).index_select(0, rows)
     return photo if photo.dtype == torch.uint8 else photo.round_(), labels
 
 
