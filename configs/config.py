@@ -178,7 +178,7 @@ class Config:
     freeze_batchnorm: bool = knob(False, "keep the BatchNorm statistics of the start, for small batches")
     sync_batchnorm: bool = knob(False, "BatchNorm statistics over all processes (GPUs only)")
     timeout_minutes: float = knob(
-        10.0, "a process (of several, or a loader) that says nothing for so long ends the run", above=0, high=10000
+        10.0, "of several processes: one that says nothing for so long ends the run", above=0, high=10000
     )
 
     # --- validation, saving, evaluation ---

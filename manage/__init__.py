@@ -1,0 +1,3 @@
+"""What orders and writes."""
+
+import utils  # noqa: F401 - before torch

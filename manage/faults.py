@@ -26,11 +26,6 @@ def one_line(error: Exception, config: Config, where: str, folder: Path) -> str:
             "batch_size (with a larger accumulate a step keeps its photos), crop_size or short_side"
         )
     reason = (str(error).splitlines() or [""])[0]
-    if "DataLoader" in reason:
-        return (
-            f"{where}: a loader process is gone ({reason.rstrip('.')}). Where shared memory is small (Docker: "
-            "--shm-size=1g) or memory is short, lower num_workers; 0 loads in the main process"
-        )
     path = folder / "traceback.txt"
     try:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

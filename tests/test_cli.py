@@ -1,13 +1,21 @@
 """What the entry points share."""
 
+import ast
 import io
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPO
 from utils.cli import duration, progress, run_main
 from utils.errors import UserError
+
+ENTRIES = [REPO / "train.py", REPO / "evaluate.py", *sorted((REPO / "tools").glob("[a-z]*.py"))]
 
 
 def test_a_users_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:
@@ -45,3 +53,28 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (240, "4 min"), (12000, "3 h 20 min")])
 def test_a_duration_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
+def test_threads_are_told_to_sleep_before_torch_is_loaded(path: Path) -> None:
+    """By `utils`, which `configs` and `manage` import before torch."""
+    names = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module.split(".")[0])
+    ours = [name for name in names if name in ("configs", "manage", "tools", "torch", "utils")]
+    assert not ours or ours[0] != "torch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["train", "evaluate", "tools.export", "manage.predictor"])
+def test_the_environment_says_so_when_torch_is_loaded(module: str) -> None:
+    code = (
+        "import os, sys; sys.addaudithook(lambda event, a: event == 'import' and a[0] == 'torch' and "
+        f"print(os.environ.get('OMP_WAIT_POLICY'))); import {module}"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "PASSIVE", done.stderr

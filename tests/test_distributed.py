@@ -1,7 +1,10 @@
 """Two processes compute what one computes, write once, and end together."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -227,13 +230,43 @@ def test_a_loss_that_is_not_finite_names_the_photos_of_all_processes(config_file
     done = run(2, "train.py", "--cfg", cfg)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
-    error = done.stderr.partition("error: ")[2]
-    parts = sorted(folder(cfg, "wild").glob("non_finite_step_*.pt"))
-    assert [path.stem.rpartition("_")[2] for path in parts] == ["rank0", "rank1"]
-    assert all(str(path) in error for path in parts)
-    saved = [torch.load(path, weights_only=True) for path in parts]
-    ids = [sample_id for part in saved for sample_id in part["ids"]]
-    assert f"Photos: {', '.join(ids)}. " in error
+    ids = re.search(r"is not finite\. Photos: (\S+), (\S+)\. The checkpoints in", done.stderr).groups()
     assert len(set(ids)) == 2
     assert set(ids) <= set((sample_data / "train_id.txt").read_text().split())
-    assert all(part["batches"][0]["image"].shape == (1, 3, 32, 32) for part in saved)
+    assert all(value.isfinite().all() for value in weights(cfg, "wild").values())
+
+
+def test_a_process_that_hangs_is_noticed_and_the_run_resumes(config_file):
+    cfg = config_file(exp_name="hung", n_epochs=500, batch_size=1, timeout_minutes=0.1)
+    with started(2, cfg) as run:
+        run.wait_for(lambda: (folder(cfg, "hung") / "models_checkpoints" / "last.pt").exists())
+        stopped = run.pid_of_rank(1)
+        os.kill(stopped, signal.SIGSTOP)
+        run.wait_for(lambda: "a process of this run is gone or hangs" in run.output())
+        os.kill(stopped, signal.SIGKILL)
+        run.end()
+    assert run.returncode != 0
+    with started(1, cfg, "--resume") as run:
+        run.wait_for(lambda: "resumed from" in run.output() and "experiment 'hung'" in run.output())
+
+
+def test_on_a_screen_an_error_is_the_last_thing_said(config_file):
+    """Under torchrun, which ends with thirty lines of its own."""
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command(2, "train.py", "--cfg", config_file(batch_size=1), "--resume"),
+        stdout=terminal,
+        stderr=terminal,
+        env=environment(),
+        start_new_session=True,
+    )
+    os.close(terminal)
+    text = b""
+    with contextlib.suppress(OSError):  # Linux says EIO when the last writer is gone
+        while part := os.read(screen, 4096):
+            text += part
+    os.close(screen)
+    assert process.wait(PATIENCE) != 0
+    lines = text.decode().strip().splitlines()
+    assert "ChildFailedError" in text.decode()
+    assert [number for number, line in enumerate(lines, start=1) if line.startswith("error: ")] == [len(lines)], lines

@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: F401 - before torch
+
+# isort: split
 import torch
 
 from configs.config import REPOSITORY, save_config

@@ -16,6 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F

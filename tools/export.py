@@ -26,6 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 import torch.fx.experimental._config as fx_config

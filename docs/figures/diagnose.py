@@ -19,6 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 - before torch
+
+# isort: split
 import torch
 from torch import Tensor
 

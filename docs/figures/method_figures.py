@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 - before torch
+
+# isort: split
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
