@@ -22,6 +22,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # read when gradio is imported
 
+import utils  # noqa: F401 - before torch
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
