@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 import typing
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -284,3 +285,13 @@ def test_importing_the_config_writes_nothing_and_needs_the_standard_library_only
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_label_maps_and_lists_may_lie_outside_the_data_folder_but_photos_not():
+    config = Config(gt_dir="/maps", train_sample_ids_file="~/train.txt", val_sample_ids_file="lists/val.txt")
+    assert config.labels_dir == Path("/maps")
+    assert config.ids_file("train") == Path.home() / "train.txt"
+    assert config.ids_file("val") == config.data_dir / "lists" / "val.txt"
+    for keys in ({"gt_dir": "../maps"}, {"img_dir": "/photos"}):
+        with pytest.raises(UserError, match="inside root_data_dir"):
+            Config(**keys)

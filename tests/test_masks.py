@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.config import Config
+from tools.dataset_hie_enc import write_lists
 from utils.classes import read_classes, warnings_of
 from utils.encoder import RECORD, Wishes, encode_folder
 from utils.encoding import load_encoding
@@ -50,6 +52,8 @@ def test_photos_are_found_by_id_in_any_unicode_form_and_two_of_one_id_are_refuse
         (tmp_path / name).touch()
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "e.jpg").touch()
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    assert sorted(PhotoFolder(tmp_path / "deep").paths) == ["e"], "photos of its own"
     photos = PhotoFolder(tmp_path)
     assert photos.find("a").name == "a.JPG"
     assert photos.find("café 1").is_file()
@@ -241,6 +245,10 @@ def test_the_cityscapes_layout_is_encoded_as_it_comes(tmp_path):
     assert {encoding.files[i]["source"].split("/")[0] for i in encoding.ids} == {"train", "val"}
     expected = [[11] * 4, [255, 255, 255, 18]]
     assert read_labels(tmp_path / "hie" / "aachen_000000_000019.png").tolist() == expected
+    config = Config(root_data_dir=str(tmp_path), train_sample_ids_file="lists/train.txt")
+    write_lists(config, "folders", 0, {i: record["source"] for i, record in encoding.files.items()})
+    assert read_ids(tmp_path / "lists" / "train.txt") == ["aachen_000000_000019", "bochum_000000_000019"]
+    assert read_ids(tmp_path / "val_id.txt") == ["ulm_000000_000019"]
     trained = Wishes(ending="_gtFine_labelTrainIds")
     assert encode_folder(tmp_path / "gtFine", tmp_path / "leftImg8bit", tmp_path / "hie", cityscapes, trained) == 3
     assert read_labels(tmp_path / "hie" / "ulm_000000_000019.png").max() == 0

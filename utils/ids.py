@@ -104,7 +104,10 @@ class PhotoFolder:
         if len(found) > 1:
             raise UserError(f"id '{sample_id}' has several photos, {', '.join(map(str, found[:3]))}; keep one")
         if not found:
-            raise UserError(f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)}")
+            raise UserError(
+                f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)} (below it, "
+                "only where it holds no photo itself)"
+            )
         return found[0]
 
     def find_or_why(self, sample_id: str) -> Path | str:
@@ -123,8 +126,12 @@ def files_below(folder: str | Path, suffixes: Sequence[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist")
-    found = []
+    found, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if name[0] != ".")
         kept = (name for name in sorted(names) if name[0] != "." and name.lower().endswith(tuple(suffixes)))
         found += [Path(here, name) for name in kept]
