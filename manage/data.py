@@ -1,7 +1,6 @@
 """Config -> data sets and loaders, with every file checked before the first step."""
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,10 +12,8 @@ from utils.encoding import Encoding, check_encoded, load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.ids import read_ids
-from utils.store import Store, free_memory, to_device
+from utils.store import CPU, Store, to_device
 from utils.views import RandomViews
-
-CPU = torch.device("cpu")
 
 
 def read_split(config: Config, split: str) -> list[str]:
@@ -60,11 +57,6 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    @property
-    def n_photos(self) -> int:
-        """That this process reads."""
-        return len(self.store.photos)
-
     def __iter__(self) -> Iterator[Sample]:
         ahead, batches = itertools.tee(self.batches)
         samples = self.store.read(draw.index for batch in ahead for draw in batch)
@@ -91,11 +83,6 @@ class ValLoader:
         self.files = store.photos.files
 
     def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def n_photos(self) -> int:
-        """That this process reads."""
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -137,8 +124,8 @@ def val_loader(
     """Whole photos on `device`; with several processes each photo belongs to exactly one of them."""
     files = find_samples(ids, config.images_dir, config.labels_dir, config.skip_unreadable)
     photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, native_labels=True)
-    threads = n_threads(config, without_gpu=0)
-    return ValLoader(Store(photos, threads, ahead=4 * threads), range(rank, len(photos), world), device)
+    threads, indices = n_threads(config, without_gpu=0), range(rank, len(photos), world)
+    return ValLoader(Store(photos, threads, 4 * threads, len(indices)), indices, device)
 
 
 def n_threads(config: Config, without_gpu: int) -> int:
@@ -149,39 +136,6 @@ def n_threads(config: Config, without_gpu: int) -> int:
     if config.num_workers != "auto":
         return config.num_workers
     return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else without_gpu
-
-
-def keep_photos(config: Config, loaders: dict[str, TrainLoader | ValLoader], device: torch.device) -> str:
-    """Decides where the photos of each loader are kept, so that each is decoded once; returns a line that says so.
-
-    `auto` fills up to a quarter of what a GPU has free, else up to half of the machine's memory.
-
-    Raises: UserError when they do not fit where the config wants them.
-    """
-    if config.cache == "off":
-        return "no photos are kept (cache=off): each is decoded anew in every epoch"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    places = {"memory": (CPU, free_memory() // processes)}
-    if device.type == "cuda":
-        places = {"device": (device, torch.cuda.mem_get_info(device)[0])} | places
-    if config.cache not in ("auto", *places):
-        raise UserError(f"key 'cache': 'device' needs a GPU, and this device is {device}; use auto, memory or off")
-    said, taken = [], dict.fromkeys(places, 0.0)
-    for name, loader in loaders.items():
-        size = loader.n_photos * loader.store.photos.mean_size()
-        part = {"device": 4, "memory": 2} if config.cache == "auto" else dict.fromkeys(places, 1)
-        room = {place: free / part[place] - taken[place] for place, (_, free) in places.items()}
-        found = [place for place in room if config.cache in ("auto", place) and size <= room[place]]
-        if config.cache in places and not found:
-            raise UserError(
-                f"key 'cache': the {name} photos take {size / 2**30:.1f} GiB, and {room[config.cache] / 2**30:.1f} GiB "
-                f"are free in {config.cache}; use off, or a smaller short_side"
-            )
-        if found:
-            loader.store.keep = places[found[0]][0]
-            taken[found[0]] += size
-        said.append(f"{name} {'in ' + found[0] if found else 'not'} ({size / 2**20:.0f} MiB)")
-    return f"photos kept between epochs (cache={config.cache}): {', '.join(said)}"
 
 
 class Tolerance:

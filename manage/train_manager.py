@@ -16,7 +16,7 @@ from configs.config import Config
 from manage import distributed
 from manage.checkpoint import DamagedCheckpoint, find_checkpoint, keep_newest, load_checkpoint, pack
 from manage.curves import Curves
-from manage.data import Tolerance, check_data, keep_photos, read_split, samples_of, train_loader, val_loader
+from manage.data import Tolerance, check_data, read_split, samples_of, train_loader, val_loader
 from manage.evaluation_manager import Validation, validate
 from manage.experiment import (
     check_same_run,
@@ -44,6 +44,7 @@ from utils.dataset import Sample
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.schedules import lr_factor
+from utils.store import keep_photos
 
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
 STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]  # save, and end
@@ -69,7 +70,9 @@ class TrainManager:
         self.loader, self.batches = train_loader(config, self.hierarchy, distributed.rank(), self.world, self.device)
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
         self.val_loader = val_loader(config, self.hierarchy, self.val_ids, distributed.rank(), self.world, self.device)
-        self.kept_photos = keep_photos(config, {"train": self.loader, "val": self.val_loader}, self.device)
+        self.kept_photos = keep_photos(
+            {"train": self.loader.store, "val": self.val_loader.store}, config.cache, self.device
+        )
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
         self.learner = Learner(config, self.hierarchy, self.encoding, self.device)

@@ -9,15 +9,13 @@ import torch
 from PIL import Image
 
 from configs.config import load_config
-from manage import data as data_module
-from manage.data import Tolerance, keep_photos, train_loader, val_loader
+from manage.data import Tolerance, train_loader, val_loader
 from manage.train_manager import TrainManager
 from tests.factory import TREE, VOID, make_data, write_config
 from utils.dataset import EpochBatches, Files, Photos
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-
-CPU = torch.device("cpu")
+from utils.store import CPU, keep_photos
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def loader(data, tmp_path):
         keys = {"color_jitter": 0.5, "rotation": 20.0, "short_side": 40} | keys
         config = load_config(write_config(tmp_path, data, **keys))
         loader, batches = train_loader(config, Hierarchy.load(TREE), 0, 1)
-        keep_photos(config, {"train": loader}, CPU)
+        keep_photos({"train": loader.store}, config.cache, CPU)
         batches.start_at(1)
         return loader
 
@@ -139,14 +137,15 @@ def test_too_few_photos_for_a_step_are_refused():
 def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatch):
     config, tree = load_config(write_config(tmp_path, data)), Hierarchy.load(TREE)
     loaders = {"train": train_loader(config, tree, 0, 1)[0], "val": val_loader(config, tree, ["p08", "p09", "p10"])}
-    sizes = {name: loader.n_photos * loader.store.photos.mean_size() for name, loader in loaders.items()}
+    stores = {name: loader.store for name, loader in loaders.items()}
+    sizes = {name: store.n_wanted * store.photos.mean_size() for name, store in stores.items()}
     assert sizes["train"] == sum(4 * np.prod(Image.open(data / f"JPEGImages/p0{i}.jpg").size) for i in range(8))
     for free, kept in ((0.1, []), (2.0, ["train"]), (2 + 2 * sizes["val"] / sizes["train"], ["train", "val"])):
-        monkeypatch.setattr(data_module, "free_memory", lambda free=free: free * sizes["train"] + 0.1)
-        for loader in loaders.values():
-            loader.store.keep = None
-        said = keep_photos(config, loaders, CPU)
-        assert [name for name, loader in loaders.items() if loader.store.keep == CPU] == kept
+        monkeypatch.setattr("utils.store.free_memory", lambda free=free: free * sizes["train"] + 0.1)
+        for store in stores.values():
+            store.keep = None
+        said = keep_photos(stores, "auto", CPU)
+        assert [name for name, store in stores.items() if store.keep == CPU] == kept
         assert ("train in memory" in said) == ("train" in kept)
         assert ("val not" in said) == ("val" not in kept)
 
@@ -155,10 +154,10 @@ def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatc
     ("cache", "message"), [("memory", r"'cache': the train photos take .* are free"), ("device", "needs a GPU")]
 )
 def test_a_cache_that_cannot_be_is_refused(data, tmp_path, monkeypatch, cache, message):
-    config = load_config(write_config(tmp_path, data, cache=cache))
-    monkeypatch.setattr(data_module, "free_memory", lambda: 1000)
+    config = load_config(write_config(tmp_path, data))
+    monkeypatch.setattr("utils.store.free_memory", lambda: 1000)
     with pytest.raises(UserError, match=message):
-        keep_photos(config, {"train": train_loader(config, Hierarchy.load(TREE), 0, 1)[0]}, CPU)
+        keep_photos({"train": train_loader(config, Hierarchy.load(TREE), 0, 1)[0].store}, cache, CPU)
 
 
 # --- faults ---

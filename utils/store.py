@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from utils.dataset import Photos, Sample
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 class Store:
@@ -20,8 +23,9 @@ class Store:
     Photos once read are kept where `keep` says: in memory, on a device, or nowhere (None).
     """
 
-    def __init__(self, photos: Photos, threads: int, ahead: int) -> None:
+    def __init__(self, photos: Photos, threads: int, ahead: int, n_wanted: int | None = None) -> None:
         self.photos, self.threads, self.ahead = photos, threads, ahead if threads else 0
+        self.n_wanted = len(photos) if n_wanted is None else n_wanted  # by this process
         self.keep: torch.device | None = None
         self.kept: dict[int, Sample] = {}
 
@@ -49,6 +53,38 @@ class Store:
         return sample
 
 
+def keep_photos(stores: dict[str, Store], cache: str, device: torch.device) -> str:
+    """Decides where the photos of each store are kept, so that each is decoded once; returns a line that says so.
+
+    `auto` fills up to a quarter of what a GPU has free, else up to half of the machine's memory.
+
+    Raises: UserError when they do not fit where the key `cache` wants them.
+    """
+    if cache == "off":
+        return "no photos are kept (cache=off): each is decoded anew in every epoch"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    places, room = {"memory": CPU}, {"memory": free_memory() / processes / (2 if cache == "auto" else 1)}
+    if device.type == "cuda":
+        places = {"device": device} | places
+        room["device"] = torch.cuda.mem_get_info(device)[0] / (4 if cache == "auto" else 1)
+    if cache not in ("auto", *places):
+        raise UserError(f"key 'cache': 'device' needs a GPU, and this device is {device}; use auto, memory or off")
+    said = []
+    for name, store in stores.items():
+        size = store.n_wanted * store.photos.mean_size()
+        found = [place for place in places if cache in ("auto", place) and size <= room[place]]
+        if cache in places and not found:
+            raise UserError(
+                f"key 'cache': the {name} photos take {size / 2**30:.1f} GiB, and {room[cache] / 2**30:.1f} GiB are "
+                f"free in {cache}; use off, or a smaller short_side"
+            )
+        if found:
+            store.keep = places[found[0]]
+            room[found[0]] -= size
+        said.append(f"{name} {'in ' + found[0] if found else 'not'} ({size / 2**20:.0f} MiB)")
+    return f"photos kept between epochs (cache={cache}): {', '.join(said)}"
+
+
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Bytes on the device, in one copy that nothing waits for; a photo keeps its channels interleaved.
 
@@ -72,7 +108,7 @@ def _short_side_size(width: int, height: int, short_side: int) -> tuple[int, int
 
 def free_memory() -> int:
     """Bytes that processes may still take: of the machine, and of its container where that has less."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**32
     with contextlib.suppress(OSError, TypeError):  # not Linux
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1])
     group = Path("/sys/fs/cgroup")
