@@ -1,5 +1,6 @@
 """Masks -> label maps and encoding.json: what is written, refused, set aside, and left after a kill."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from filelock import FileLock
 from PIL import Image
 
 import utils.cli
+import utils.encoder
 from tests.kill import kill_at
 from utils.dataset import find_samples
 from utils.encoder import LOCK, RECORD, Wishes, encode_folder
@@ -253,6 +255,7 @@ def test_photos_that_were_turned_since_are_noticed(folder, tree):
 
 
 def encode_and_die(folder: Path, tree: dict, event: str, pattern: str) -> None:
+    utils.encoder.SLICE = 1
     kill_at(event, pattern)
     encode(folder, Hierarchy.from_dict(tree))
 
@@ -296,7 +299,11 @@ def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(
     kill(event, pattern)
     with pytest.raises(UserError, match="did not come to its end"):
         encoding_of(folder, tree)
-    done = {name: content for name, content in state(folder).items() if name in ("a.png", "b.png")}
+    done = {"open": [], "os.rename": ["a.png"], "os.remove": ["a.png", "b.png"]}[event]
+    before = {name: state(folder)[name] for name in done}
+    known = json.loads((folder / "hie" / RECORD).read_text())["files"]
+    if done:
+        assert known["a"]["sha256"] == hashlib.sha256((folder / "gt_masks" / "a.png").read_bytes()).hexdigest()
     encode(folder, tree)
     assert set(encoding_of(folder, tree).ids) == {"a", "b"}
     assert names(folder / "hie") == ["a.png", "b.png", RECORD]
@@ -305,8 +312,7 @@ def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(
     for sample in LABELS:
         mask = folder / "gt_masks" / (f"{sample}.png" if sample == "a" else f"{sample}.npy")
         assert (read_labels(folder / "hie" / f"{sample}.png") == read_labels(mask)).all()
-    if event == "os.remove":
-        assert done == {name: content for name, content in state(folder).items() if name in done}, "not written again"
+    assert before == {name: state(folder)[name] for name in done}, "not written again"
 
 
 def test_a_second_encoder_is_refused_while_the_first_is_at_work(folder, tree):
