@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from utils.classes import ALIASES, VOID, read_classes
 from utils.encoder import mask_reader
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.ids import same_form
+from utils.ids import files_below, same_form
 from utils.images import MASK_SUFFIXES
 
 BACKGROUND = "background"
@@ -136,9 +135,8 @@ class Source:
     def files(self) -> dict[str, list[Path]]:
         """The annotation files of each id, sorted by id; a second file for an id is a fault."""
         files: dict[str, list[Path]] = {}
-        for path in sorted(self.annotations.iterdir()):
-            if path.suffix.lower() in SUFFIXES[self.kind] and not path.name.startswith("."):
-                files.setdefault(same_form(path.stem), []).append(path)
+        for path in files_below(self.annotations, SUFFIXES[self.kind]):
+            files.setdefault(same_form(path.stem), []).append(path)
         return files
 
     def read(self, path: Path, h: Hierarchy) -> np.ndarray:
@@ -222,9 +220,13 @@ def _folders(root: Path, kind: str, out: Path) -> list[Path]:
     """Folders of that kind under (or equal to) `root`, in order, not looking into what this tool wrote."""
     if root.name in FOLDERS[kind]:
         return [root]
-    made = re.compile(rf"{re.escape(str(out.resolve()))}(\.old-[^/]*)?(/|$)")
-    found = [path for name in FOLDERS[kind] for path in sorted(root.rglob(name)) if not made.match(str(path.resolve()))]
+    found = [path for name in FOLDERS[kind] for path in sorted(root.rglob(name)) if not _is_made(path.resolve(), out)]
     return found or ([root] if kind != "photos" and _holds(root, SUFFIXES[kind]) else [])
+
+
+def _is_made(path: Path, out: Path) -> bool:
+    names = [folder.name for folder in (path, *path.parents) if folder.parent == out.resolve().parent]
+    return any(name == out.name or name.startswith(f"{out.name}.old-") for name in names)
 
 
 def _holds(folder: Path, suffixes: tuple[str, ...]) -> bool:
