@@ -1,0 +1,183 @@
+"""Every command of README.md and docs/: run on small data in a copy of the repository, or marked as needing more.
+
+A line `<!-- needs: real data -->` (or gpu, internet, hours ...) before a block of commands leaves it out. Before a
+block of text, "Save as `path`" writes it there. The commands of a page run in its order, as a reader would do it.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.conftest import SAMPLE
+from tests.factory import REPO
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?P<before>[^\n]*\n)?(?P<mark><!-- needs: (?P<needs>[^>]*?) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.S
+)
+SAVE = re.compile(r"[Ss]ave as `([^`]+)`")
+TOLD = re.compile(r"\bpython ((?:tools/|configs/)?\w+\.py [^`'\"\n;()]*)")
+SMALL = {"n_epochs": 1, "crop_size": 32, "decoder_channels": [8] * 5, "batch_size": 2, "num_workers": 0}
+SMALL |= {"pretrained": False, "warmup_epochs": 0, "val_every": 1, "save_epoch": 1}
+ELSEWHERE = {"pip", "tensorboard", "export", "cd", "source", "git"}  # programs that are not ours
+
+# Holds torch and our modules, and forks for each command: a start costs a tenth of a second, not five.
+SERVER = """
+import os, json, runpy, sys, traceback
+sys.path.insert(0, os.getcwd())
+import torch, torchvision, train, evaluate, tools.predict
+torch.set_num_threads(1)
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        sys.argv = json.loads(line)
+        out = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        status = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            status = 70
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def blocks(page: Path):
+    """(needs or None, kind, text, path to save it at or None) of each block of code of a page."""
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        saved = SAVE.search(page.read_text(encoding="utf-8")[max(0, match.start() - 200) : match.end("before")])
+        saved = saved if match["before"] is not None and match["kind"] != "bash" else None
+        yield match["needs"], match["kind"], match["text"], saved and saved[1]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a block, as words; comments left out."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&") if shlex.split(part, True)]
+
+
+class House:
+    """A copy of the repository that one may write in, with small data in the places of the large."""
+
+    def __init__(self, folder: Path, sample: Path) -> None:
+        self.folder = folder
+        for name in subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split("\n"):
+            if name.endswith((".py", ".json", ".html", ".css", ".js", ".txt", ".sh")) and (REPO / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REPO / name, folder / name)
+        for name in ("sample", "pascal_part"):
+            shutil.copytree(sample, folder / "data" / name)
+        for path in (folder / "configs").glob("*.json"):
+            values = json.loads(path.read_text()) | SMALL
+            for key in ("encoder_weights", "init_from", "short_side", "ema_decay", "accumulate"):
+                values.pop(key, None)
+            path.write_text(json.dumps(values))
+        draw = folder / "tools" / "make_sample_data.py"  # so that it finds what lies there drawn already
+        for words in ("train: int = 240", "val: int = 60", "size: int = 128"):
+            assert words in draw.read_text()
+            key = words.split(":")[0]
+            draw.write_text(draw.read_text().replace(words, f"{key}: int = {getattr(SAMPLE, key)}"))
+        (folder / "scripts" / "create_hseg_env.sh").write_text(f"echo {sys.executable}\n")  # has tests of its own
+        (folder / "scripts" / "test.sh").write_text("exit 0\n")
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, words: list[str]) -> str:
+        """Runs one command; returns what it said. Fails where its status is not 0."""
+        if words[0] == "python" and words[1] != "-m":
+            self.server.stdin.write(json.dumps(words[1:]) + "\n")
+            self.server.stdin.flush()
+            status, output = int(self.server.stdout.readline()), (self.folder / "output").read_text(errors="replace")
+        else:
+            environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            done = subprocess.run(words, cwd=self.folder, capture_output=True, text=True, env=environment)
+            status, output = done.returncode, done.stdout + done.stderr
+        assert status == 0, f"{shlex.join(words)}\n{output[-3000:]}"
+        return output
+
+    def follow(self, page: Path) -> int:
+        """Does what a page says, and once what its commands say to do next; returns how many commands there were."""
+        count, told = 0, {}
+        for needs, kind, text, path in blocks(page):
+            if path:
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / path).write_text(text)
+            if kind != "bash" or needs:
+                continue
+            for words in commands(text):
+                if words[0] in ELSEWHERE:
+                    continue
+                told |= dict.fromkeys(TOLD.findall(self.run(words)))
+                count += 1
+        for line in told:
+            if not re.search(r"[<…]|\.\.\.|\b[A-Z]\b", line):  # a place for a name
+                self.run(["python", *shlex.split(line.rstrip(" .,:"))])
+        return count
+
+
+@pytest.fixture
+def house(tmp_path, sample_data):
+    made = House(tmp_path / "house", sample_data)
+    yield made
+    made.server.stdin.close()
+    made.server.wait()
+
+
+def draw_animals(folder: Path) -> None:
+    """Twelve photos of a cat or a bird, and masks with a value for each part; the birds' bodies have two."""
+    generator = np.random.default_rng(0)
+    (folder / "JPEGImages").mkdir(parents=True)
+    (folder / "gt_masks").mkdir()
+    for i in range(12):
+        ground = generator.integers(60, 120, (96, 128, 3), dtype=np.uint8)
+        photo, mask = Image.fromarray(ground), Image.new("L", (128, 96), 255 if i == 0 else 0)
+        x, y = (int(value) for value in generator.integers([10, 30], [60, 50]))
+        parts = [((x, y, x + 50, y + 30), 2, (200, 140, 60)), ((x + 40, y - 22, x + 64, y + 4), 1, (230, 180, 110))]
+        if i % 2:
+            parts = [
+                ((x, y, x + 44, y + 22), 4 + i % 3 // 2, (60, 90, 200)),
+                ((x + 38, y - 12, x + 54, y + 4), 3, (230, 40, 40)),
+            ]
+        for box, value, colour in parts:
+            ImageDraw.Draw(photo).ellipse(box, colour)
+            ImageDraw.Draw(mask).ellipse(box, value)
+        photo.save(folder / "JPEGImages" / f"animal_{i:02}.jpg", quality=95)
+        mask.save(folder / "gt_masks" / f"animal_{i:02}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_work(house, page):
+    if page.stem == "own_data":
+        draw_animals(house.folder / "data" / "animals")
+    house.follow(page)
+    if page.stem == "own_data":
+        assert len(list((house.folder / "outputs/animals/overlay").glob("*.jpg"))) == 12
+        scores = house.folder / "experiments/animals/evaluation/best/scores.json"
+        assert json.loads(scores.read_text())["scores"]["mIoU3"] > 0.4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for script, options in re.findall(r"python ((?:\w+/)*\w+\.py)([^`\n#|]*)", text):
+        assert (REPO / script).is_file(), f"{page.name} names {script}"
+        source = (REPO / script).read_text(encoding="utf-8")
+        for option in re.findall(r" (--[a-z][\w-]*)", options):
+            assert f'"{option}"' in source or option == "--help", f"{page.name}: {script} knows no {option}"
