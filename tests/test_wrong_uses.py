@@ -41,7 +41,7 @@ def keys(tmp_path):
 @pytest.fixture
 def trained(keys):
     """The same after one epoch of training."""
-    assert TrainManager(Config(**keys)).run() == 0
+    assert train(keys)() == 0
     return keys
 
 
@@ -52,8 +52,8 @@ def refused(action, *parts: str) -> None:
         assert part in str(caught.value)
 
 
-def train(keys, **changes):
-    return lambda: TrainManager(Config(**(keys | changes))).run()
+def train(keys, resume=None, overwrite=False, take_over=False, **changes):
+    return lambda: TrainManager(Config(**(keys | changes))).run(resume, overwrite, take_over)
 
 
 def evaluate(keys, checkpoint=None, **changes):
@@ -91,19 +91,54 @@ def test_a_config_that_is_not_there_names_its_neighbours(tmp_path):
     refused(lambda: load_config(tmp_path / "wrong.json"), "wrong.json", "no such file", "right.json")
 
 
-def test_no_data_says_how_to_get_some(keys):
-    refused(train(keys, root_data_dir="nowhere"), "root_data_dir", "nowhere", "make_sample_data")
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"root_data_dir": "nowhere"}, ["root_data_dir", "nowhere", "make_sample_data"]),
+        ({"n_classes": 7}, ["n_classes", "7", "10 nodes"]),
+        ({"monitor": "max mIoU9"}, ["monitor", "mIoU9", "mIoU1"]),
+        ({"device": "cuda:99"}, ["device", "cuda:99"]),
+        ({"device": "mps"}, ["'device'", "64 bits", "cpu"]),
+        ({"batch_size": 1, "crop_size": 32}, ["'batch_size' 1 and 'crop_size' 32", "freeze_batchnorm"]),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_its_key(keys, changes, parts):
+    refused(train(keys, **changes), *parts)
 
 
-@pytest.mark.parametrize("gone", ["JPEGImages/p00.jpg", "gt_masks_hie/p00.png"])
-def test_a_missing_photo_or_mask_is_named_before_training(keys, tmp_path, gone):
-    (tmp_path / "data" / gone).unlink()
-    refused(train(keys), "p00")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 50}, "batch_size 50 is more than the photos for one step; 4 is used"),
+        ({"warmup_epochs": 1.0}, "warmup_epochs 1 fills the run; 0.5 is used"),
+        ({"batch_size": 1, "freeze_batchnorm": True}, "1 epochs of 4 steps"),
+    ],
+)
+def test_a_value_that_is_too_large_is_cut_and_said(keys, capsys, changes, said):
+    assert train(keys, **changes)() == 0
+    assert said in capsys.readouterr().out
 
 
-def test_masks_that_are_not_encoded_say_what_to_run(keys, tmp_path):
-    shutil.rmtree(tmp_path / "data" / "gt_masks_hie")
-    refused(train(keys), "gt_masks_hie", "dataset_hie_enc")
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (lambda root: (root / "data/JPEGImages/p01.jpg").unlink(), ["'p01'", "JPEGImages"]),
+        (lambda root: (root / "data/gt_masks_hie/p01.png").unlink(), ["p01"]),
+        (lambda root: shutil.rmtree(root / "data/gt_masks_hie"), ["gt_masks_hie", "dataset_hie_enc"]),
+        (lambda root: Image.new("RGB", (90, 40)).save(root / "data/JPEGImages/p01.jpg"), ["p01"]),
+        (lambda root: (root / "data/JPEGImages/p01.jpg").write_bytes(b"no photo"), ["p01", "repair or remove"]),
+    ],
+)
+def test_a_file_that_is_missing_or_spoilt_is_named(keys, tmp_path, spoil, parts):
+    spoil(tmp_path)
+    refused(train(keys), *parts)
+
+
+def test_as_many_damaged_photos_as_allowed_are_left_out_of_train_and_of_val(keys, tmp_path, capsys):
+    for damaged in ("p01", "p05"):
+        (tmp_path / "data" / "JPEGImages" / f"{damaged}.jpg").write_bytes(b"no photo")
+    assert train(keys, skip_unreadable=1)() == 0
+    assert {"left out: p01", "left out: p05"} <= {line[:13] for line in capsys.readouterr().out.splitlines()}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -130,68 +165,12 @@ def test_id_lists_are_checked(keys, tmp_path, ids, part):
     refused(train(keys, batch_size=1), "train_id.txt", part)
 
 
-def test_a_tree_that_does_not_fit_n_classes_is_refused(keys):
-    refused(train(keys, n_classes=7), "n_classes", "7", "10 nodes")
-
-
-def test_a_score_that_does_not_exist_cannot_be_monitored(keys):
-    refused(train(keys, monitor="max mIoU9"), "monitor", "mIoU9", "mIoU1")
-
-
-def test_a_device_that_is_not_there_is_refused(keys):
-    refused(train(keys, device="cuda:99"), "device", "cuda:99")
-
-
-def test_a_batch_of_more_photos_than_there_are_is_cut_and_said(keys, capsys):
-    assert train(keys, batch_size=50)() == 0
-    assert "batch_size 50 is more than the photos for one step; 4 is used" in capsys.readouterr().out
-
-
-def test_a_warm_up_that_fills_the_run_is_cut_and_said(keys, capsys):
-    assert train(keys, warmup_epochs=1.0, n_epochs=1)() == 0
-    assert "warmup_epochs 1 fills the run; 0.5 is used" in capsys.readouterr().out
-
-
-def test_one_value_a_channel_is_refused_before_batchnorm_does(keys):
-    refused(train(keys, batch_size=1, crop_size=32), "'batch_size' 1 and 'crop_size' 32", "freeze_batchnorm")
-    assert train(keys, batch_size=1, crop_size=32, freeze_batchnorm=True)() == 0
-
-
-def test_a_device_without_numbers_of_64_bits_is_refused_at_once(keys):
-    refused(train(keys, device="mps"), "'device'", "64 bits", "cpu")
-
-
-def test_an_output_folder_that_cannot_be_made_is_refused(keys, tmp_path):
-    (tmp_path / "experiments").write_text("a file where a folder should be")
-    refused(train(keys), "experiments")
-
-
-def test_a_photo_of_another_size_than_its_mask_stops_the_run_by_name(keys, tmp_path):
-    Image.new("RGB", (90, 40)).save(tmp_path / "data" / "JPEGImages" / "p01.jpg")
-    refused(lambda: TrainManager(Config(**keys)).run(), "p01")
-
-
-def test_as_many_damaged_photos_as_allowed_are_left_out(keys, tmp_path, capsys):
-    (tmp_path / "data" / "JPEGImages" / "p01.jpg").write_bytes(b"no photo")
-    refused(lambda: TrainManager(Config(**keys)).run(), "p01", "repair or remove")
-    assert TrainManager(Config(**(keys | {"skip_unreadable": 1, "exp_name": "tolerant"}))).run() == 0
-    assert "left out: p01" in capsys.readouterr().out
-
-
-def test_damaged_photos_of_train_and_of_val_are_counted_apart(keys, tmp_path, capsys):
-    for damaged in ("p01", "p05"):
-        (tmp_path / "data" / "JPEGImages" / f"{damaged}.jpg").write_bytes(b"no photo")
-    assert TrainManager(Config(**(keys | {"skip_unreadable": 1}))).run() == 0
-    assert "left out: p01" in (output := capsys.readouterr().out)
-    assert "left out: p05" in output
-
-
 def test_an_experiment_is_never_overwritten(trained, tmp_path):
     before = (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes()
     refused(train(trained, lr=0.5), "tiny", "lr", "--resume", "--overwrite")
-    refused(lambda: TrainManager(Config(**(trained | {"lr": 0.5}))).run(""), "lr")
+    refused(train(trained, "", lr=0.5), "lr")
     assert (tmp_path / "experiments/tiny/models_checkpoints/last.pt").read_bytes() == before
-    assert TrainManager(Config(**(trained | {"lr": 0.5}))).run(overwrite=True) == 0
+    assert train(trained, overwrite=True, lr=0.5)() == 0
     (aside,) = (tmp_path / "experiments").glob("tiny.old-*")
     assert (aside / "models_checkpoints/last.pt").read_bytes() == before
 
@@ -223,7 +202,7 @@ def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_
     refused(train(keys), f"in use by process {owner.pid} on {socket.gethostname()} since 2", "choose another")
     owner.kill()
     owner.wait()
-    assert TrainManager(Config(**keys)).run() == 0
+    assert train(keys)() == 0
     assert f"the lock of process {owner.pid} on" in capsys.readouterr().out
 
 
@@ -246,7 +225,7 @@ def test_a_lock_of_another_machine_is_taken_over_when_told(keys, tmp_path, capsy
     signature.parent.mkdir(parents=True)
     signature.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "noon"}))
     refused(train(keys), "was locked by process 1 on elsewhere since noon", "--take-over", "both would write")
-    assert TrainManager(Config(**keys)).run(take_over=True) == 0
+    assert train(keys, take_over=True)() == 0
     assert "the lock of process 1 on elsewhere since noon is taken over" in capsys.readouterr().out
     assert not signature.exists()
 
@@ -256,9 +235,9 @@ def test_a_run_does_not_go_on_with_other_photos(trained, tmp_path, split):
     path = tmp_path / "data" / f"{split}_id.txt"
     ids = path.read_text().split()
     path.write_text("\n".join(ids[::-1]) + "\n")
-    refused(lambda: TrainManager(Config(**trained)).run(""), f"{split}_id.txt", "other photos", "last.pt", "old list")
+    refused(train(trained, ""), f"{split}_id.txt", "other photos", "last.pt", "old list")
     path.write_text("\r\n".join(ids))
-    assert TrainManager(Config(**trained)).run("") == 0
+    assert train(trained, "")() == 0
 
 
 CHANGED_TREES = [
@@ -273,25 +252,25 @@ def test_a_run_does_not_go_on_with_a_changed_tree(keys, tmp_path, part, change):
     path, tree = tmp_path / "tree.json", json.loads(TREE.read_text())
     path.write_text(json.dumps(tree))
     keys["hierarchy"] = str(path)
-    assert TrainManager(Config(**keys)).run() == 0
+    assert train(keys)() == 0
     tree["nodes"][1]["colour"] = [1, 2, 3]
     path.write_text(json.dumps(tree))
-    assert TrainManager(Config(**keys)).run("") == 0
+    assert train(keys, "")() == 0
     change(tree)
     path.write_text(json.dumps(tree))
-    refused(lambda: TrainManager(Config(**keys)).run(""), str(path), "has changed", "last.pt", part, "put the old")
+    refused(train(keys, ""), str(path), "has changed", "last.pt", part, "put the old")
 
 
 def test_a_photo_that_has_gone_is_named_before_a_run_goes_on(trained, tmp_path):
     (tmp_path / "data/JPEGImages/p01.jpg").unlink()
-    refused(lambda: TrainManager(Config(**trained)).run(""), "'p01'", "JPEGImages")
+    refused(train(trained, ""), "'p01'", "JPEGImages")
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(trained, tmp_path):
     folder = tmp_path / "experiments/tiny/models_checkpoints"
-    for action in (lambda: TrainManager(Config(**trained)).run(str(folder)), evaluate(trained, str(folder))):
+    for action in (train(trained, str(folder)), evaluate(trained, str(folder))):
         refused(action, f"{folder} is a folder", "name one checkpoint", "last.pt")
-    assert TrainManager(Config(**trained)).run("") == 0, "the lock was given back"
+    assert train(trained, "")() == 0, "the lock was given back"
 
 
 @pytest.mark.parametrize("place", ["experiments/tiny", "tensorboard/tiny", "tensorboard"])
@@ -306,16 +285,13 @@ def test_a_damaged_record_of_starts_does_not_stop_a_run(trained, tmp_path, capsy
     record = tmp_path / "experiments/tiny/environment.json"
     for damage in ("{", '{"a": 1}'):
         record.write_text(damage)
-        assert TrainManager(Config(**trained)).run("") == 0
+        assert train(trained, "")() == 0
         assert "environment.json is damaged and begun anew" in capsys.readouterr().err
         assert len(json.loads(record.read_text())) == 1
 
 
-def test_a_checkpoint_must_be_there(trained):
-    refused(evaluate(trained, "nothing"), "'nothing': no such checkpoint", "last.pt")
-
-
 def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
+    refused(evaluate(trained, "nothing"), "'nothing': no such checkpoint", "last.pt")
     folder = tmp_path / "experiments/tiny/models_checkpoints"
     (folder / "cut.pt").write_bytes((folder / "last.pt").read_bytes()[:1000])
     refused(evaluate(trained, "cut"), "cut.pt", "truncated")
@@ -346,25 +322,25 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
 def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(trained, tmp_path):
     folder = tmp_path / "experiments/tiny/models_checkpoints"
     (folder / "best.pt").unlink()
-    assert TrainManager(Config(**trained | {"n_epochs": 2})).run("") == 0
+    assert train(trained, "", n_epochs=2)() == 0
     assert load_checkpoint(folder / "best.pt")["epoch"] == 2
 
 
 def test_a_finished_run_goes_on_with_more_epochs_and_says_what_happens_to_the_rate(trained, tmp_path, capsys):
     refused(train(trained, n_epochs=3), "exists already with another config (n_epochs differ)", "--resume")
-    assert TrainManager(Config(**trained | {"n_epochs": 3})).run("") == 0
+    assert train(trained, "", n_epochs=3)() == 0
     output = capsys.readouterr().out
     assert "n_epochs 1 -> 3: the poly schedule is spread over all; lr goes on at 0.00694, where it stood at 0" in output
     assert "resumed from" in output
     assert "epoch 3/3" in output
     copy = json.loads((tmp_path / "experiments/tiny/configs/tiny.json").read_text())
     assert copy["n_epochs"] == 3
-    refused(lambda: TrainManager(Config(**trained | {"n_epochs": 2})).run(""), "n_epochs: 3 then, 2 now")
+    refused(train(trained, "", n_epochs=2), "n_epochs: 3 then, 2 now")
 
 
 def test_resume_auto_starts_and_then_goes_on(keys, capsys):
     for part in ("2 epochs of", "is finished (2 epochs)"):
-        assert TrainManager(Config(**keys | {"n_epochs": 2})).run("auto") == 0
+        assert train(keys, "auto", n_epochs=2)() == 0
         assert part in capsys.readouterr().out
 
 
