@@ -37,16 +37,11 @@ def test_every_mode_is_read_as_the_rgb_it_stands_for(tmp_path, mode, suffix):
     assert np.abs(np.asarray(photo, int) - expected).max() <= 6
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_are_white(tmp_path, mode):
     picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
-    assert read_photo(save(tmp_path / "a.png", picture)).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_a_transparent_palette_colour_is_white(tmp_path):
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([0, 0, 0, *RED])
-    assert read_photo(save(tmp_path / "a.png", picture, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    options = {"transparency": picture.getpixel((0, 0))} if mode == "P" else {}
+    assert read_photo(save(tmp_path / "a.png", picture, **options)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_16_bit_grey_keeps_its_brightness(tmp_path):
@@ -129,20 +124,10 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     path = tmp_path / "bomb.png"
     write_png(path, (100_000, 100_000), depth=8, kind=0, rows=b"")
     for read in (read_photo, photo_size, read_labels):
+        with pytest.raises(UserError, match=r"nothing\.png does not exist"):
+            read(tmp_path / "nothing.png")
         with pytest.raises(UserError, match=r"bomb\.png .*decompression bomb"):
             read(path)
-
-
-def test_a_picture_too_large_to_be_a_photo_is_refused(tmp_path, monkeypatch):
-    path = save(tmp_path / "bomb.png", Image.new("L", (200, 200)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match=r"bomb\.png"):
-        read_photo(path)
-
-
-def test_an_absent_photo_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jpg does not exist"):
-        read_photo(tmp_path / "a.jpg")
 
 
 # ---- label maps --------------------------------------------------------------------------------------------
@@ -170,30 +155,28 @@ def test_grey_png_and_npy_hold_raw_labels(tmp_path, dtype):
         assert (labels == LABELS).all()
 
 
-@pytest.mark.parametrize("image", [Image.new(mode, (3, 2)) for mode in ("RGB", "1", "LA", "RGBA")])
-def test_a_png_that_holds_no_labels_is_refused(tmp_path, image):
+@pytest.mark.parametrize("mode", ["RGB", "1", "LA", "RGBA", "JPEG"])
+def test_a_png_that_holds_no_labels_is_refused(tmp_path, mode):
+    image = Image.fromarray(LABELS) if mode == "JPEG" else Image.new(mode, (3, 2))
+    save(tmp_path / "odd.png", image, format="JPEG" if mode == "JPEG" else "PNG")
     with pytest.raises(UserError, match=r"odd\.png"):
-        read_labels(save(tmp_path / "odd.png", image))
+        read_labels(tmp_path / "odd.png")
 
 
-def test_a_jpeg_with_the_name_of_a_png_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"odd\.png"):
-        read_labels(save(tmp_path / "odd.png", Image.fromarray(LABELS), format="JPEG"))
+ARRAYS = {
+    "floats": LABELS.astype(float),
+    "3-D": LABELS[None],
+    "negative": LABELS.astype(int) - 1,
+    "256": LABELS.astype(int) + 1,
+    "booleans": LABELS > 1,
+    "empty": LABELS[:0],
+    "pickled": np.array([[{}]], object),
+}
 
 
-@pytest.mark.parametrize(
-    "array",
-    [LABELS.astype(float), LABELS[None], LABELS.astype(int) - 1, LABELS.astype(int) + 1, LABELS > 1, LABELS[:0]],
-    ids=["floats", "3-D", "negative", "256", "booleans", "empty"],
-)
-def test_an_array_that_holds_no_labels_is_refused(tmp_path, array):
-    np.save(tmp_path / "odd.npy", array)
-    with pytest.raises(UserError, match=r"odd\.npy"):
-        read_labels(tmp_path / "odd.npy")
-
-
-def test_pickled_arrays_are_never_loaded(tmp_path):
-    np.save(tmp_path / "odd.npy", np.array([[{}]], object), allow_pickle=True)
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
+def test_an_array_that_holds_no_labels_is_refused_and_none_is_unpickled(tmp_path, array):
+    np.save(tmp_path / "odd.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match=r"odd\.npy"):
         read_labels(tmp_path / "odd.npy")
 
