@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,31 @@ def die_at_seven(item: int) -> int:
 def test_a_killed_worker_ends_the_work_with_a_message():
     with pytest.raises(UserError, match="encoding: a worker process was killed"):
         utils.cli.map_files(die_at_seven, range(100), "encoding", workers=2)
+
+
+WORK = "import os, sys; from utils.cli import map_files; map_files(os.system, [sys.argv[1]] * 200, 'x', workers=2)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    pids = tmp_path / "pids"
+    pids.touch()
+    with subprocess.Popen([sys.executable, "-c", WORK, f"echo $PPID >> {pids}; sleep 0.2"], cwd=REPO) as parent:
+        while len(workers := set(pids.read_text().split())) < 2:
+            time.sleep(0.1)
+        parent.kill()
+    end = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 # ---- what training asks ------------------------------------------------------------------------------------
