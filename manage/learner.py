@@ -18,7 +18,8 @@ from utils.dataset import Sample
 from utils.encoding import Encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.losses import build_criterion, node_weights
+from utils.losses import build_criterion
+from utils.node_weights import node_weights
 
 
 class Learner:

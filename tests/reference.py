@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from utils.hierarchy import Hierarchy
+from utils.losses import HXE_ALPHA, SOFT_MARGIN_TAU
 
 
 def ancestors(v: int, h: Hierarchy) -> list[int]:
@@ -75,20 +76,56 @@ def loss(
             continue
         labelled += 1
         z = logits[b, :, i, j]
-        if name == "ce":
-            total = total + ce_pixel(z, label, h, node_weights)
-        elif name == "path_ce":
-            total = total + sum(ce_pixel(z, v, h, node_weights) for v in ancestors(label, h))
-        else:
-            total = total + binary_pixel(name, z, label, h, gamma, node_weights)
+        total = total + pixel_loss(name, z, label, h, gamma, node_weights)
     return total / max(labelled, 1)
 
 
-def ce_pixel(z: Tensor, label: int, h: Hierarchy, node_weights: Tensor | None) -> Tensor:
-    everything = torch.stack([z[v] for v in leaves(h)])
-    below = torch.stack([z[v] for v in leaves(h) if v in descendants(label, h)])
-    value = everything.logsumexp(0) - below.logsumexp(0)
-    return value if node_weights is None else value * node_weights[label]
+def pixel_loss(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, node_weights: Tensor | None) -> Tensor:
+    def weight(v: int) -> float | Tensor:
+        return 1.0 if node_weights is None else node_weights[v]
+
+    def log_mass(v: int | None) -> Tensor:  # of all leaves where v is None, the parent of a root
+        below = [z[u] for u in leaves(h) if v is None or v in ancestors(u, h)]
+        return torch.stack(below).logsumexp(0) - torch.stack([z[u] for u in leaves(h)]).logsumexp(0)
+
+    path, zero = ancestors(label, h), z.sum() * 0
+    levels = range(max(len(ancestors(u, h)) for u in leaves(h)))
+    classes = [c for c in (class_at(label, level, h) for level in levels) if c is not None]
+    if name == "ce":
+        return -log_mass(label) * weight(label)
+    if name == "path_ce":
+        return -sum(log_mass(v) * weight(v) for v in path)
+    if name == "level_ce":
+        return -sum((log_mass(c) * weight(c) for c in classes), zero) / len(levels)
+    if name == "hxe":
+        ratios = [(log_mass(v) - log_mass(h.parents[v])) * weight(v) for v in path]
+        return -sum(math.exp(-HXE_ALPHA * height(v, h)) * ratio for v, ratio in zip(path, ratios, strict=True))
+    if name == "soft_margin":
+        largest = max(distance(a, b, h) for a in leaves(h) for b in leaves(h))
+        below = [u for u in leaves(h) if label in ancestors(u, h)]
+        raised = [z[u] if u in below else z[u] + SOFT_MARGIN_TAU * distance(label, u, h) / largest for u in leaves(h)]
+        return weight(label) * (torch.stack(raised).logsumexp(0) - torch.stack([z[u] for u in below]).logsumexp(0))
+    if name == "node_ce":
+        total = zero
+        for level in levels:
+            c = class_at(label, level, h)
+            rivals = {class_at(u, level, h) for u in leaves(h)}
+            if c is not None:
+                total = total + (torch.stack([z[u] for u in rivals]).logsumexp(0) - z[c]) * weight(c)
+        return total / len(levels)
+    return binary_pixel(name, z, label, h, gamma, node_weights)
+
+
+def height(v: int, h: Hierarchy) -> int:
+    """The longest way from v down to a leaf."""
+    return max(len(ancestors(u, h)) for u in descendants(v, h)) - len(ancestors(v, h))
+
+
+def distance(u: int, v: int, h: Hierarchy) -> int:
+    """Edges on the way from u to v, over one more node above all roots if need be."""
+    up, down = ancestors(u, h), ancestors(v, h)
+    shared = len([w for w in up if w in down])
+    return len(up) + len(down) - 2 * shared
 
 
 def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, node_weights: Tensor | None) -> Tensor:
@@ -100,8 +137,10 @@ def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, n
         logit = z[v]
         if "tree_min" in name and positive:
             logit = min((z[u] for u in ancestors(v, h)), key=Tensor.item)
-        elif "tree_min" in name:
-            logit = max((z[u] for u in descendants(v, h) if is_known(u, label, h)), key=Tensor.item)
+        elif name == "c_hmcnn" and positive:
+            logit = max((z[u] for u in descendants(v, h) if is_positive(u, label, h)), key=Tensor.item)
+        elif "tree_min" in name or name == "c_hmcnn":
+            logit = max((z[u] for u in descendants(v, h)), key=Tensor.item)
         margin = logit if positive else -logit
         term = softplus(-margin)
         if "focal" in name:
@@ -122,8 +161,18 @@ def path_score(rule: str, z: list[float], leaf: int, h: Hierarchy) -> float:
         "prob_mean": sum(scores) / len(scores),
         "leaf": z[leaf],
         "tree_min": min(path),
+        "level_sum": sum(
+            log_softmax_at(level, leaf, z, h) for level in range(max(len(ancestors(u, h)) for u in leaves(h)))
+        ),
         "mass": sum(mass(v, z, h) - max(mass(u, z, h) for u in siblings(v, h)) for v in ancestors(leaf, h)),
     }[rule]
+
+
+def log_softmax_at(level: int, leaf: int, z: list[float], h: Hierarchy) -> float:
+    """log of the share of the leaf's class in a softmax over the logits of all classes of that level."""
+    logits = [z[c] for c in {class_at(u, level, h) for u in leaves(h)}]
+    highest = max(logits)
+    return z[class_at(leaf, level, h)] - highest - math.log(sum(math.exp(logit - highest) for logit in logits))
 
 
 def mass(v: int, z: list[float], h: Hierarchy) -> float:

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 from tests import reference
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.losses import LOSSES, build_criterion, node_weights
+from utils.losses import LOSSES, build_criterion
+from utils.node_weights import node_weights
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 NAMES = sorted(LOSSES)

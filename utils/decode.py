@@ -13,6 +13,8 @@ Each rule scores every leaf by the nodes on its path, root to leaf, and takes th
     tree_min    the lowest logit on the path.
     mass        down the tree by the softmax over the leaves: at each node to the child with most of it below. For `ce`
                 and its kin, which train the leaves alone: parts share the mass of a body that is sure.
+    level_sum   sum over the levels of the log-probability of the leaf's class there, by a softmax over that level's own
+                logits: for `node_ce`, which trains those. `level_ce` trains leaf logits alone, so `mass` is its rule.
 
 Source: Li et al., "Deep Hierarchical Semantic Segmentation", CVPR 2022, for prob_sum.
 """
@@ -66,6 +68,15 @@ def mass_down(logits: Tensor, h: Hierarchy) -> Tensor:
     return sum_down(torch.stack(rows), h)
 
 
+def level_sum(logits: Tensor, h: Hierarchy) -> Tensor:
+    """Right for leaves alone, the only nodes with a class at every level."""
+    levels = [dict(zip(classes, logits[classes].log_softmax(0), strict=True)) for classes in h.level_classes]
+    rows = list(logits.unbind())
+    for leaf in h.leaves:
+        rows[leaf] = sum(log_p[table[leaf]] for log_p, table in zip(levels, h.level_tables, strict=True))
+    return torch.stack(rows)
+
+
 PATH_SCORES: dict[str, Callable[[Tensor, Hierarchy], Tensor]] = {
     "logit_sum": sum_down,
     "prob_sum": lambda logits, h: sum_down(logits.sigmoid(), h),
@@ -73,6 +84,7 @@ PATH_SCORES: dict[str, Callable[[Tensor, Hierarchy], Tensor]] = {
     "leaf": lambda logits, h: logits,
     "tree_min": lowest_down,
     "mass": mass_down,
+    "level_sum": level_sum,
 }
 
 

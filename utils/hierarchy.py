@@ -166,7 +166,7 @@ class Hierarchy:
         index = (index + (index >= self.num_nodes)).masked_fill_(void, self.num_nodes)
         if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
             lowest, highest = index.aminmax()
-            if lowest < 0 or highest > self.num_nodes:
+            if int(lowest) < 0 or int(highest) > self.num_nodes:
                 strangers = sorted(set(labels.unique().tolist()) - {*range(self.num_nodes), self.ignore_index})
                 raise UserError(
                     f"labels hold {strangers[:5]}; the tree {self.name!r} has nodes 0 to {self.num_nodes - 1} "
@@ -203,9 +203,9 @@ class Hierarchy:
         """
         return self.cached("signs", device, dtype, self._make_signs)
 
-    def leaves_below(self, device: torch.device | str) -> Tensor:
-        """Whether the leaf lies at or below the label. Shape: (leaves, N + 1) bool."""
-        return self.cached("leaves_below", device, torch.bool, self._make_leaves_below)
+    def leaves_below(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """1 where the leaf lies at or below the label, else 0. Shape: (leaves, N + 1)."""
+        return self.cached("leaves_below", device, dtype, self._make_leaves_below)
 
     def leaf_index(self, device: torch.device | str) -> Tensor:
         """Ids of the leaves. Shape: (leaves,) int64."""
@@ -260,6 +260,22 @@ class Hierarchy:
     def edges(self) -> tuple[tuple[int, int], ...]:
         """(parent, child), from the roots down; reversed, from the leaves up."""
         return tuple((self.parents[v], v) for v in self.preorder if self.parents[v] is not None)
+
+    @cached_property
+    def heights(self) -> tuple[int, ...]:
+        """The longest way down from each node to a leaf; 0 for a leaf."""
+        heights = [0] * self.num_nodes
+        for parent, child in reversed(self.edges):
+            heights[parent] = max(heights[parent], heights[child] + 1)
+        return tuple(heights)
+
+    def shared(self, u: int, v: int) -> int:
+        """How many nodes the paths of two nodes have in common: the last of them is where they meet."""
+        return sum(a == b for a, b in zip(self.paths[u], self.paths[v], strict=False))
+
+    def distance(self, u: int, v: int) -> int:
+        """Edges between two nodes, where all roots hang from one more node."""
+        return len(self.paths[u]) + len(self.paths[v]) - 2 * self.shared(u, v)
 
     def _make_signs(self) -> Tensor:
         signs = torch.full((self.num_nodes, self.num_nodes + 1), -1)

@@ -8,16 +8,13 @@ Each is a plain function (z, y, h, gamma, weights) -> (B, H, W), a term per pixe
     z        logits in float32 or float64. Shape: (B, N, H, W)
     y        labels as columns of the tables of `Hierarchy`: the node, N for void. Shape: (B, H, W) int64
     gamma    exponent of the focal forms; the others leave it alone
-    weights  a factor for each node's term, or None; for `ce` and `soft_margin` it is that of the label. Shape: (N,)
+    weights  a factor for each node's term, or None; in `ce` and `soft_margin`, with one term, that of the label's node
 
-Nodes below the label are unknown: nothing is asked of them. Min and max commute with sigmoid, so they are taken on
-logits, and softplus needs no epsilon.
-
-Source: Li et al., "Deep Hierarchical Semantic Segmentation", CVPR 2022, for Tree-Min and its focal form; we sum over
-nodes where they average.
+What lies below an inner label is unknown, and no loss asks anything of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,128 +23,191 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
+Spec = str | Mapping[str, float]
 Criterion = Callable[[Tensor, Tensor], Tensor]
-NODE_WEIGHTS = ("none", "inverse_sqrt", "effective_number")
 FAR = 1e30  # beyond any logit, and finite: 0 times it is 0
+HXE_ALPHA = 0.5  # of `hxe`: how fast the weight falls with the height of a node
+SOFT_MARGIN_TAU = 1.0  # of `soft_margin`: the margin, in logits, of the leaf that is farthest from the label
 
 
-# ---- one sigmoid a node: the term is softplus(-margin), and a positive margin is right ----------------------------
+# ---- one sigmoid a node ------------------------------------------------------------------------------------------
+# How wrong a node is: `turns` times its logit, with -1 on the label's path, +1 off it, 0 unknown. Its term is softplus
+# of that, which needs no epsilon. Min and max commute with sigmoid, so they are taken on logits.
 
 
 def bce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of each known node: its logit where it is on the label's path, minus it where it is not."""
-    signs = look_up(h.signs(z.device, z.dtype), y)
-    return node_terms(signs * z, signs, gamma, weights)
+    """Binary cross-entropy of every node, summed. An inner label: of all nodes but those below it."""
+    turns = look_up(-h.signs(z.device, z.dtype), y)
+    return node_terms(turns * z, turns, gamma, weights)
 
 
 def tree_min(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """`bce` of the lowest logit from the root to a positive node, and of the highest at or below a negative one."""
-    signs = look_up(h.signs(z.device, z.dtype), y)
-    margin = torch.where(signs > 0, min_down(z, h), -max_up(z, h))
-    return node_terms(margin, signs, gamma, weights)
+    """`bce` of the lowest score above a positive node and the highest below a negative one, itself counted.
 
-
-def node_terms(margin: Tensor, signs: Tensor, gamma: float, weights: Tensor | None) -> Tensor:
-    terms = F.softplus(-margin) * signs.abs()
-    if gamma:
-        terms = terms * (gamma * F.logsigmoid(-margin)).exp()  # (1 - p)^gamma, whose slope stays finite at 0
-    if weights is not None:
-        terms = terms * weights.view(-1, 1, 1)
-    return terms.sum(1)
-
-
-# `where` instead of torch.minimum, whose backward halves the gradient of ties in ten passes; a NaN stays in its own row
-def min_down(z: Tensor, h: Hierarchy) -> Tensor:
-    """Each node's lowest logit from its root down to itself. Shape: (B, N, H, W), as the result."""
-    rows = list(z.unbind(1))
+    An inner label: as `bce`; no minimum or maximum reaches below it.
+    Source: Li et al., "Deep Hierarchical Semantic Segmentation", CVPR 2022; we sum over nodes where they average.
+    """
+    turns = look_up(-h.signs(z.device, z.dtype), y)
+    wrong, positive, negative = list((turns * z).unbind(1)), (turns < 0).unbind(1), (turns > 0).unbind(1)
     for parent, child in h.edges:
-        rows[child] = torch.where(rows[parent] < rows[child], rows[parent], rows[child])
-    return torch.stack(rows, 1)
-
-
-def max_up(z: Tensor, h: Hierarchy) -> Tensor:
-    """Each node's highest logit at or below itself. Shape: (B, N, H, W), as the result."""
-    rows = list(z.unbind(1))
+        wrong[child] = take(wrong[parent], wrong[child], (wrong[parent] > wrong[child]) & positive[child])
     for parent, child in reversed(h.edges):
-        rows[parent] = torch.where(rows[child] > rows[parent], rows[child], rows[parent])
-    return torch.stack(rows, 1)
+        wrong[parent] = take(wrong[child], wrong[parent], (wrong[child] > wrong[parent]) & negative[parent])
+    return node_terms(torch.stack(wrong, 1), turns, gamma, weights)
+
+
+def c_hmcnn(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """`bce` of the highest true score below a positive node and of any score below a negative one, itself counted.
+
+    An inner label: as `bce`; it is itself the lowest of the true nodes.
+    Source: Giunchiglia and Lukasiewicz, "Coherent Hierarchical Multi-Label Classification Networks", NeurIPS 2020.
+    """
+    turns = look_up(-h.signs(z.device, z.dtype), y)
+    wrong, positive, negative = list((turns * z).unbind(1)), (turns < 0).unbind(1), (turns > 0).unbind(1)
+    for parent, child in reversed(h.edges):
+        higher = positive[child] & (wrong[child] < wrong[parent]) | negative[parent] & (wrong[child] > wrong[parent])
+        wrong[parent] = take(wrong[child], wrong[parent], higher)
+    return node_terms(torch.stack(wrong, 1), turns, gamma, weights)
+
+
+def node_terms(wrong: Tensor, turns: Tensor, gamma: float, weights: Tensor | None) -> Tensor:
+    """Sum over known nodes of softplus(wrong), times (1 - p)^gamma in the focal forms. Shape: (B, N, H, W), twice."""
+    terms = F.softplus(wrong) * turns.abs()
+    if gamma:
+        terms = terms * (gamma * F.logsigmoid(wrong)).exp()  # whose slope stays finite where 1 - p is 0
+    return (terms if weights is None else terms * weights.view(-1, 1, 1)).sum(1)
+
+
+def look_up(table: Tensor, y: Tensor) -> Tensor:
+    """Each label's column. Shape: (K, N + 1), (B, H, W) -> (B, K, H, W)."""
+    columns = y.flatten(1).unsqueeze(1).expand(-1, len(table), -1)
+    return table.expand(len(y), -1, -1).gather(2, columns).view(len(y), len(table), *y.shape[1:])
+
+
+def take(other: Tensor, own: Tensor, where: Tensor) -> Tensor:
+    """torch.where(where, other, own), exact for finite numbers; on a CPU lerp is vectorised and where is not."""
+    return torch.lerp(own, other, where.to(own.dtype))
 
 
 # ---- one softmax over the leaves: m(v) is its mass on the leaves at or below v ------------------------------------
 
 
 def ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """-log m(label). An inner label leaves open which of its leaves it is."""
-    log_p = leaf_rows(z, h).log_softmax(1)
-    return _of_label(-log_p.where(look_up(h.leaves_below(z.device), y), -FAR).logsumexp(1), y, weights)
+    """-log m(label). An inner label: the mass of all its leaves, whichever it is."""
+    return of_label(-log_sum_below(leaf_logits(z, h).log_softmax(1), y, h), y, weights)
 
 
 def path_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
-    """Sum of -log m(v) over the label's path: a mistake costs more, the higher in the tree it is made.
+    """Sum of -log m(v) over the label's path. An inner label: over its own, shorter path."""
+    return mass_terms(z, y, h.signs(z.device, z.dtype).clamp(min=0), h, weights)
 
-    Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020, with equal weights of the nodes' own masses.
+
+def level_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """Mean over the levels of -log m(class of the label there). An inner label: 0 at the levels below it."""
+    return mass_terms(z, y, h.cached("level_shares", z.device, z.dtype, lambda: _level_shares(h)), h, weights)
+
+
+def _level_shares(h: Hierarchy) -> Tensor:
+    """The share of the levels at which node c is the class of label v. Shape: (N, N + 1)."""
+    classes = torch.tensor(h.level_tables).clamp(max=h.num_nodes)  # (L, N), N where the label has none
+    return F.pad(F.one_hot(classes, h.num_nodes + 1).double().mean(0)[:, :-1].t(), (0, 1))
+
+
+def hxe(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """-sum over the label's path of exp(-alpha * height of v) * log(m(v) / m(parent of v)), a root's parent having 1.
+
+    An inner label: over its own, shorter path.
+    Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020.
     """
-    return mass_term(z, y, h.signs(z.device, z.dtype)[:, :-1].clamp(min=0), h, weights)
+    discount = h.cached("hxe", z.device, z.dtype, lambda: (-HXE_ALPHA * torch.tensor([h.heights]).double()).exp().t())
+    return mass_terms(z, y, h.signs(z.device, z.dtype).clamp(min=0) * discount, h, weights, conditional=True)
 
 
-def mass_term(z: Tensor, y: Tensor, factors: Tensor, h: Hierarchy, weights: Tensor | None) -> Tensor:
-    """Sum over nodes v of factors[v, label] * -log m(v). Shape: (N, N) factors -> (B, H, W)."""
-    if weights is not None:
-        factors = factors * weights.unsqueeze(1)
-    return -(log_mass(z, h) * look_up(F.pad(factors, (0, 1)), y)).sum(1)
+def soft_margin(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """`ce` with tau * (distance in the tree to the label, over its largest) added to each leaf's logit in the divisor.
+
+    An inner label: the leaves below it stand at distance 0.
+    Source: Valmadre, "Hierarchical Classification at Multiple Operating Points", NeurIPS 2022.
+    """
+    logits = leaf_logits(z, h)
+    margin = look_up(h.cached("soft_margin", z.device, z.dtype, lambda: _soft_margins(h)), y)
+    return of_label((logits + margin).logsumexp(1) - log_sum_below(logits, y, h), y, weights)
 
 
-def _of_label(term: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
-    return term if weights is None else term * F.pad(weights, (0, 1))[y]
+def _soft_margins(h: Hierarchy) -> Tensor:
+    """tau * distance of leaf and label over the largest of two leaves; 0 below the label. Shape: (leaves, N + 1)."""
+    largest = max(1, *(h.distance(a, b) for a in h.leaves for b in h.leaves))
+    distances = [[h.distance(leaf, v) for v in range(h.num_nodes)] + [0] for leaf in h.leaves]
+    return SOFT_MARGIN_TAU * torch.tensor(distances).double() * (1 - h.leaves_below("cpu")) / largest
 
 
-def leaf_rows(z: Tensor, h: Hierarchy) -> Tensor:
-    rows = z.unbind(1)
-    return torch.stack([rows[v] for v in h.leaves], 1)
+def node_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+    """Mean over the levels of the cross-entropy of a softmax over the level's own logits.
+
+    An inner label: 0 at the levels below it.
+    Source: the released code of Li et al., beside their focal Tree-Min.
+    """
+    rows, total = z.unbind(1), 0
+    for level, classes in enumerate(h.level_classes):
+        place = h.cached(("place", level), z.device, torch.int64, lambda level=level: _places(h, level))
+        logits, factors = torch.stack([rows[v] for v in classes], 1), None if weights is None else weights[classes]
+        total = total + F.cross_entropy(logits, place[y], factors, ignore_index=-1, reduction="none")
+    return total / h.num_levels
 
 
-def log_mass(z: Tensor, h: Hierarchy) -> Tensor:
-    """log m(v) of each node, from the leaves up. Shape: (B, N, H, W), as the result."""
+def _places(h: Hierarchy, level: int) -> Tensor:
+    """Where each label's class stands among those of its level, -1 if it has none. Shape: (N + 1,)."""
+    place = {c: position for position, c in enumerate(h.level_classes[level])}
+    return torch.tensor([place.get(c, -1) for c in h.level_tables[level]] + [-1])
+
+
+def mass_terms(
+    z: Tensor, y: Tensor, factors: Tensor, h: Hierarchy, weights: Tensor | None, conditional: bool = False
+) -> Tensor:
+    """Sum over nodes v of factors[v, label] * -log m(v), or of -log(m(v) / m(parent)). Shape: (N, N + 1) factors."""
     rows = list(z.unbind(1))
-    for v, row in zip(h.leaves, leaf_rows(z, h).log_softmax(1).unbind(1), strict=True):
+    for v, row in zip(h.leaves, leaf_logits(z, h).log_softmax(1).unbind(1), strict=True):
         rows[v] = row
     for v in reversed(h.preorder):
         if h.children[v]:
             rows[v] = torch.stack([rows[child] for child in h.children[v]]).logsumexp(0)
-    return torch.stack(rows, 1)
+    for parent, child in reversed(h.edges) if conditional else ():
+        rows[child] = rows[child] - rows[parent]
+    factors = factors if weights is None else factors * weights.unsqueeze(1)
+    return -sum(row * factor for row, factor in zip(rows, look_up(factors, y).unbind(1), strict=True))
 
 
-def look_up(table: Tensor, y: Tensor) -> Tensor:
-    """Each label's column of a table. Shape: (K, N + 1), (B, H, W) -> (B, K, H, W)."""
-    return table[:, y].movedim(0, 1)
+def leaf_logits(z: Tensor, h: Hierarchy) -> Tensor:
+    rows = z.unbind(1)  # not index_select, whose backward adds with atomics on a GPU
+    return torch.stack([rows[v] for v in h.leaves], 1)
+
+
+def log_sum_below(values: Tensor, y: Tensor, h: Hierarchy) -> Tensor:
+    """log of the sum of exp over the leaves at or below the label. Shape: (B, leaves, H, W) -> (B, H, W)."""
+    outside = h.cached("outside", values.device, values.dtype, lambda: (h.leaves_below("cpu") - 1) * FAR)
+    return (values + look_up(outside, y)).logsumexp(1)
+
+
+def of_label(term: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+    return term if weights is None else term * F.pad(weights, (0, 1))[y]
 
 
 # ---- by name, and sums of them -----------------------------------------------------------------------------------
 
 PIXEL_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "ce": ce,
-    "path_ce": path_ce,
-    "bce": lambda z, y, h, gamma, weights: bce(z, y, h, 0.0, weights),
-    "focal": bce,
-    "tree_min": lambda z, y, h, gamma, weights: tree_min(z, y, h, 0.0, weights),
-    "focal_tree_min": tree_min,
-}
+    loss.__name__: loss for loss in (bce, tree_min, c_hmcnn, ce, path_ce, level_ce, hxe, soft_margin, node_ce)
+} | {"focal": bce, "focal_tree_min": tree_min}  # these alone are given gamma
 
 
 def build_criterion(
-    spec: str | Mapping[str, float],
-    h: Hierarchy,
-    gamma: float = 0.0,
-    node_weights: Tensor | None = None,
-    compile: bool = False,
+    spec: Spec, h: Hierarchy, gamma: float = 0.0, node_weights: Tensor | None = None, compile: bool = False
 ) -> Criterion:
     """A loss by name, or a sum of losses by name and weight: the mean over labelled pixels, 0 where there are none.
 
     With `compile` the formula is compiled where a gradient is wanted; validation, whose photos differ in size, is not.
 
     Shape: logits (B, N, H, W), labels (B, H, W) of any integer type -> scalar, float32 or float64.
-    Raises: UserError for an unknown name, a weight that is not positive, a negative gamma; when called, for a label
-    of another tree.
+    Raises: UserError for a spec that makes no sense and, when called on a CPU, for a label of another tree.
     """
     losses = {spec: 1.0} if isinstance(spec, str) else dict(spec)
     _check_spec(losses, h, gamma, node_weights)
@@ -155,9 +215,12 @@ def build_criterion(
     def mean_term(logits: Tensor, y: Tensor) -> Tensor:
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = None if node_weights is None else node_weights.to(z)
-        terms = sum(weight * PIXEL_LOSSES[name](z, y, h, gamma, weights) for name, weight in losses.items())
+        terms = [
+            factor * PIXEL_LOSSES[name](z, y, h, gamma if name.startswith("focal") else 0.0, weights)
+            for name, factor in losses.items()
+        ]
         labelled = y != h.num_nodes
-        return (terms * labelled).sum() / labelled.sum().clamp(min=1)
+        return (sum(terms) * labelled).sum() / labelled.sum().clamp(min=1)
 
     compiled = torch.compile(mean_term, fullgraph=True) if compile else mean_term
 
@@ -167,9 +230,9 @@ def build_criterion(
                 f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: expected "
                 f"(B, {h.num_nodes}, H, W) and (B, H, W) for the tree {h.name!r}"
             )
-        wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+        formula = compiled if torch.is_grad_enabled() and logits.requires_grad else mean_term
         with torch.autocast(logits.device.type, enabled=False):
-            return (compiled if wants_gradient else mean_term)(logits, h.index_of(labels))
+            return formula(logits, h.index_of(labels))
 
     return criterion
 
@@ -188,46 +251,10 @@ def _check_spec(losses: Mapping[str, float], h: Hierarchy, gamma: float, node_we
         raise UserError(f"node weights: shape {tuple(node_weights.shape)}; the tree {h.name!r} needs ({h.num_nodes},)")
 
 
-def _named(name: str) -> Callable[..., Tensor]:
-    def loss(
-        logits: Tensor, labels: Tensor, h: Hierarchy, gamma: float = 0.0, node_weights: Tensor | None = None
-    ) -> Tensor:
-        return build_criterion(name, h, gamma, node_weights)(logits, labels)
-
-    loss.__name__ = name
-    loss.__doc__ = f"The loss {name!r}; see `build_criterion`."
-    return loss
+def _loss(
+    name: str, logits: Tensor, labels: Tensor, h: Hierarchy, gamma: float = 0.0, node_weights: Tensor | None = None
+) -> Tensor:
+    return build_criterion(name, h, gamma, node_weights)(logits, labels)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {name: _named(name) for name in PIXEL_LOSSES}
-
-
-# ---- weights against rare classes --------------------------------------------------------------------------------
-
-
-def node_weights(mode: str, pixel_counts: Sequence[int], h: Hierarchy) -> Tensor | None:
-    """Weights per node with mean 1 from how many pixels carry each node as their label; None for "none".
-
-    A node's pixels are its own and its descendants'. With f its share of all pixels,
-    `inverse_sqrt` is f^(-1/2) and `effective_number` is 1 / (1 - beta^n) with beta = 1 - 1 / (all pixels),
-    close to 1 / f for rare nodes. A node without pixels gets the largest weight of the others.
-
-    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019 (effective number).
-    Raises: UserError for an unknown mode, or counts that do not fit the tree.
-    """
-    if mode not in NODE_WEIGHTS:
-        raise UserError(f"node weights: unknown mode {mode!r}; choose from {', '.join(NODE_WEIGHTS)}")
-    if mode == "none":
-        return None
-    if len(pixel_counts) != h.num_nodes or min(pixel_counts) < 0 or sum(pixel_counts) == 0:
-        raise UserError(
-            f"node weights: {mode!r} needs {h.num_nodes} pixel counts, not all 0, for the tree {h.name!r}; got "
-            f"{list(pixel_counts)}; encode the masks again"
-        )
-    counts = torch.zeros(h.num_nodes, dtype=torch.float64)
-    for v, count in enumerate(pixel_counts):
-        counts[list(h.paths[v])] += count
-    share = counts / sum(pixel_counts)
-    weights = share.rsqrt() if mode == "inverse_sqrt" else 1 / -torch.expm1(-share)
-    weights[counts == 0] = weights[counts > 0].max()
-    return (weights / weights.mean()).float()
+LOSSES: dict[str, Callable[..., Tensor]] = {name: partial(_loss, name) for name in PIXEL_LOSSES}
