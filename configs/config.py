@@ -24,8 +24,12 @@ from configs.checks import check_value, coerce, name_of, suggest
 from utils.errors import UserError
 from utils.files import parse_json, read_json, write_whole
 
-CRITERIA = ("ce", "path_ce", "bce", "focal", "tree_min", "focal_tree_min")
-DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass")
+CRITERIA = {  # a loss -> the decoding rule that suits what it trains: every node's logit, the leaves' or each level's
+    **dict.fromkeys(("bce", "focal", "tree_min", "focal_tree_min", "c_hmcnn"), "logit_sum"),
+    **dict.fromkeys(("ce", "path_ce", "level_ce", "hxe", "soft_margin"), "mass"),
+    "node_ce": "level_sum",
+}
+DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass", "level_sum")
 TTA = ("off", "flip", "full")  # flip doubles the work, full is 17 times as much
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "poly", "cosine")
@@ -192,7 +196,9 @@ class Config:
     log_every: int = knob(10, "steps between two points of the curves loss and lr", low=1)
     save_epoch: int = knob(10, "epochs between kept checkpoints", low=1)
     keep: int = knob(5, "how many of those are kept; best and last always are", low=1)
-    decode: str = knob("logit_sum", "rule from node scores to a leaf", choices=DECODE_RULES)
+    decode: str = knob(
+        "auto", "rule from node scores to a leaf; auto: that of the criterion", choices=("auto", *DECODE_RULES)
+    )
     root_bias: dict[str, float] = knob({}, "root name -> offset before the argmax; fit it with tools/fit_decode.py")
     tta: str = knob("off", "views averaged by evaluate, predict and export; full: six scales, flipped", choices=TTA)
     eval_checkpoint: str | None = knob(
@@ -201,6 +207,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def decode_rule(self) -> str:
+        """`decode`, or the criterion's own rule."""
+        return default_decode(self.criterion) if self.decode == "auto" else self.decode
 
     # --- folders ---
     @property
@@ -242,6 +253,11 @@ class Config:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+
+def default_decode(criterion: str | dict[str, float]) -> str:
+    """The rule of a loss; of a sum, that of the loss with the largest weight, the first of equals."""
+    return CRITERIA[criterion if isinstance(criterion, str) else max(criterion, key=criterion.__getitem__)]
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

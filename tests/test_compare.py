@@ -71,7 +71,7 @@ def fake_experiment(
     record = {
         "checkpoint": f"{evaluation}.pt",
         "epoch": 3,
-        "decode": config.decode,
+        "decode": "logit_sum",
         "root_bias": {},
         "photos": photos,
         "scores": summary(result),

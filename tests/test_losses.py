@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.config import CRITERIA, DECODE_RULES, Config, default_decode
 from tests import reference
+from utils.decode import DECODERS
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES, build_criterion
@@ -322,3 +325,51 @@ def test_counts_that_do_not_fit_the_tree_are_refused(h: Hierarchy) -> None:
             node_weights("inverse_sqrt", counts, h)
     with pytest.raises(UserError, match="unknown mode 'sqrt'"):
         node_weights("sqrt", [1] * 10, h)
+
+
+class CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        self.count += 1
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(("name", "most"), [("bce", 40), ("tree_min", 250), ("ce", 60)])
+def test_forward_and_backward_are_few_operations(name: str, most: int, h: Hierarchy) -> None:
+    """On a GPU each operation is a launch."""
+    logits, labels = random_case(h, torch.float32)
+    logits.requires_grad_()
+    LOSSES[name](logits, labels, h)  # makes the tables
+    with CountOperations() as operations:
+        LOSSES[name](logits, labels, h).backward()
+    assert 10 < operations.count <= most
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_criterion_is_one_graph_with_the_same_bits(name: str, h: Hierarchy, monkeypatch) -> None:
+    compile_function = torch.compile
+    # the eager backend captures the graph like any other and needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compile_function(function, backend="eager", **more))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    logits, labels = random_case(h, torch.float32)
+    logits.requires_grad_()
+    plain, compiled = (build_criterion(name, h, 2.0, compile=compile) for compile in (False, True))
+    for _ in range(3):
+        assert torch.equal(compiled(logits, labels), plain(logits, labels))
+    seen = torch._dynamo.utils.counters
+    assert seen["stats"]["unique_graphs"] == 1, "compiled once, and used"
+    assert not seen["graph_break"]
+    with torch.no_grad():
+        compiled(logits[..., :2], labels[..., :2])  # a photo of another size in validation
+    assert seen["stats"]["unique_graphs"] == 1
+    with pytest.raises(UserError, match=r"labels hold \[77\]"):
+        compiled(logits, torch.full_like(labels, 77))
+
+
+def test_the_config_knows_every_loss_and_rule() -> None:
+    assert set(CRITERIA) == set(LOSSES)
+    assert set(DECODE_RULES) == set(DECODERS) >= set(CRITERIA.values())
+    assert default_decode({"bce": 0.5, "ce": 2.0}) == Config(criterion="ce").decode_rule == "mass"
+    assert Config(criterion="ce", decode="leaf").decode_rule == "leaf"

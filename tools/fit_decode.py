@@ -216,7 +216,7 @@ def main() -> None:
     config = load_config(arguments.cfg, arguments.overrides)
     hierarchy = load_hierarchy(config)
     check_target(arguments.target, hierarchy)
-    rule = arguments.decode or config.decode
+    rule = arguments.decode or config.decode_rule
     path = find_checkpoint(arguments.checkpoint, config.checkpoints_dir, config.root)
     fitted = path.parent / "fitted" / f"{path.stem}_{rule}.pt"  # not beside it, where a resume looks for checkpoints
     if fitted.exists() and not arguments.overwrite:
