@@ -47,7 +47,7 @@ class Run:
             experiment = load_experiment(self.config.experiment_dir, "last")
         except UserError:
             return None
-        then, now = experiment.config, self.config.to_dict()
+        then, now = experiment.config, self.config.to_dict() | {"decode": self.config.decode_rule}
         if changed := [key for key in now.keys() & then.keys() - RESUMABLE_CHANGES if now[key] != then[key]]:
             raise UserError(
                 f"experiment {self.name!r} exists with another config ({', '.join(changed)} differ) in "
