@@ -33,9 +33,9 @@ from configs.config import DECODE_RULES, REPOSITORY
 from manage.predictor import Decoding, Predictor, Result
 from tools.predict import Output
 from utils.cli import run_main
+from utils.decode import probabilities
 from utils.errors import UserError
 from utils.images import photo_size, read_photo
-from utils.losses import log_mass
 
 try:
     import gradio as gr
@@ -44,7 +44,7 @@ except ImportError:
 
 SHIPPED = REPOSITORY / "models" / "pretrained"
 LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
-OF_LEAVES = {"leaf", "mass", "level_sum"}  # rules of networks that were trained by a softmax over the leaves
+OF_LEAVES = {"leaf", "mass"}  # rules of networks that were trained by a softmax over the leaves
 
 SKELETON = """
 <div class="levels"></div>
@@ -139,7 +139,7 @@ def decode_again(predictor: Predictor, result: Result, rule: str, offset: float)
 def to_show(result: Result, rule: str) -> dict[str, Any]:
     """What the page's script draws: the photo, and class and probability of each pixel at each level."""
     h, logits, sheets = result.hierarchy, result.logits.float(), []
-    scores = log_mass(logits[None], h)[0].exp() if rule in OF_LEAVES else logits.sigmoid()
+    scores = probabilities("mass" if rule in OF_LEAVES else rule, logits[None], h)[0]
     for nodes in result.levels:
         share = scores.gather(0, torch.from_numpy(nodes).long()[None])[0]
         sheets.append(np.dstack([nodes, (255 * share).round().byte().numpy(), np.zeros_like(nodes)]))

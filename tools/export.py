@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from configs.config import DECODE_RULES
 from manage.predictor import Predictor
 from utils.cli import progress, run_main
-from utils.decode import best_row, leaf_bias, leaf_scores
+from utils.decode import leaf_bias, leaf_scores
 from utils.errors import UserError
 from utils.files import write_json
 from utils.images import PHOTO_SUFFIXES, read_photo
@@ -71,7 +71,7 @@ class Exportable(nn.Module):
         scores = leaf_scores(self.rule, flat, self.hierarchy)
         if self.bias is not None:
             scores = scores + self.bias
-        leaves = self.leaf_ids.index_select(0, best_row(scores)).to(torch.uint8).view(-1, *logits.shape[2:])
+        leaves = self.leaf_ids.index_select(0, scores.max(0).indices).to(torch.uint8).view(-1, *logits.shape[2:])
         return _cut(leaves, height, width), _cut(logits.sigmoid(), height, width)
 
 

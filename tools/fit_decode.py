@@ -36,7 +36,7 @@ from manage.data import Tolerance, check_data, read_split, val_loader
 from manage.evaluation_manager import predictions
 from manage.network import check_same_network, load_hierarchy, restore_network
 from utils.cli import progress, run_main
-from utils.decode import best_row, leaf_scores
+from utils.decode import leaf_scores
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
@@ -72,13 +72,13 @@ def best_by_root(rule: str, logits: Tensor, h: Hierarchy) -> tuple[Tensor, Tenso
         rows = torch.tensor([row for row, leaf in enumerate(h.leaves) if h.paths[leaf][0] == root])
         of_root = scores[rows]
         best.append(of_root.amax(0))
-        leaves.append(torch.tensor(h.leaves)[rows][best_row(of_root)])
+        leaves.append(torch.tensor(h.leaves)[rows][of_root.max(0).indices])
     return torch.stack(leaves), torch.stack(best)
 
 
 def decide(pixels: Pixels, bias: Tensor) -> Tensor:
     """The leaf of each pixel under an offset per root. Shape: (R,) -> (P,)."""
-    winner = best_row(pixels.scores + bias[:, None])
+    winner = (pixels.scores + bias[:, None]).max(0).indices
     return pixels.leaves.gather(0, winner[None])[0]
 
 
@@ -97,7 +97,7 @@ def sweep(pixels: Pixels, bias: Tensor, root: int, grid: Tensor, n: int) -> Tens
     """
     others = pixels.scores + bias[:, None]
     others[root] = -torch.inf
-    winner = best_row(others.clone())
+    winner = others.max(0).indices
     margin = others.amax(0) - pixels.scores[root]
     first = torch.searchsorted(grid, margin, right=True)  # (P,), K where no offset is enough
     steps, cell = len(grid) + 1, first * n * n + pixels.labels * n

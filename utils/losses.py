@@ -13,7 +13,7 @@ Each is a plain function (z, y, h, gamma, weights) -> (B, H, W), a term per pixe
 What lies below an inner label is unknown, and no loss asks anything of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -149,32 +149,33 @@ def node_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Ten
     """
     rows, total = z.unbind(1), 0
     for level, classes in enumerate(h.level_classes):
-        place = h.cached(("place", level), z.device, torch.int64, lambda level=level: _places(h, level))
+        places = [classes.index(c) if c in classes else -1 for c in (*h.level_tables[level], None)]
+        target = h.cached(("places", level), z.device, torch.int64, lambda places=places: torch.tensor(places))[y]
         logits, factors = torch.stack([rows[v] for v in classes], 1), None if weights is None else weights[classes]
-        total = total + F.cross_entropy(logits, place[y], factors, ignore_index=-1, reduction="none")
+        total = total + F.cross_entropy(logits, target, factors, ignore_index=-1, reduction="none")
     return total / h.num_levels
-
-
-def _places(h: Hierarchy, level: int) -> Tensor:
-    """Where each label's class stands among those of its level, -1 if it has none. Shape: (N + 1,)."""
-    place = {c: position for position, c in enumerate(h.level_classes[level])}
-    return torch.tensor([place.get(c, -1) for c in h.level_tables[level]] + [-1])
 
 
 def mass_terms(
     z: Tensor, y: Tensor, factors: Tensor, h: Hierarchy, weights: Tensor | None, conditional: bool = False
 ) -> Tensor:
     """Sum over nodes v of factors[v, label] * -log m(v), or of -log(m(v) / m(parent)). Shape: (N, N + 1) factors."""
-    rows = list(z.unbind(1))
-    for v, row in zip(h.leaves, leaf_logits(z, h).log_softmax(1).unbind(1), strict=True):
-        rows[v] = row
-    for v in reversed(h.preorder):
-        if h.children[v]:
-            rows[v] = torch.stack([rows[child] for child in h.children[v]]).logsumexp(0)
+    rows = log_mass(z.unbind(1), h)
     for parent, child in reversed(h.edges) if conditional else ():
         rows[child] = rows[child] - rows[parent]
     factors = factors if weights is None else factors * weights.unsqueeze(1)
     return -sum(row * factor for row, factor in zip(rows, look_up(factors, y).unbind(1), strict=True))
+
+
+def log_mass(rows: Sequence[Tensor], h: Hierarchy) -> list[Tensor]:
+    """log m(v) of each node, from the leaves up. Shape: N times any, as the result."""
+    rows = list(rows)
+    for v, row in zip(h.leaves, torch.stack([rows[v] for v in h.leaves]).log_softmax(0), strict=True):
+        rows[v] = row
+    for v in reversed(h.preorder):
+        if h.children[v]:
+            rows[v] = torch.stack([rows[child] for child in h.children[v]]).logsumexp(0)
+    return rows
 
 
 def leaf_logits(z: Tensor, h: Hierarchy) -> Tensor:
@@ -193,7 +194,6 @@ def of_label(term: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
 
 
 # ---- by name, and sums of them -----------------------------------------------------------------------------------
-
 PIXEL_LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss for loss in (bce, tree_min, c_hmcnn, ce, path_ce, level_ce, hxe, soft_margin, node_ce)
 } | {"focal": bce, "focal_tree_min": tree_min}  # these alone are given gamma
