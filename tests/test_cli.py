@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPO
-from utils.cli import duration, progress, run_main
+from utils.cli import duration, map_files, progress, run_main
 from utils.errors import UserError
 
 ENTRIES = [REPO / "train.py", REPO / "evaluate.py", *sorted((REPO / "tools").glob("[a-z]*.py"))]
@@ -78,3 +79,41 @@ def test_the_environment_says_so_when_torch_is_loaded(module: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[0] == "PASSIVE", done.stderr
+
+
+# --- work on all cores ---
+def die_at_seven(item: int) -> int:
+    if item == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_work_with_a_message():
+    with pytest.raises(UserError, match="work: a worker process was killed"):
+        map_files(die_at_seven, range(100), "work", workers=2)
+
+
+WORK = "import os, sys; from utils.cli import map_files; map_files(os.system, [sys.argv[1]] * 200, 'x', workers=2)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    pids = tmp_path / "pids"
+    pids.touch()
+    with subprocess.Popen([sys.executable, "-c", WORK, f"echo $PPID >> {pids}; sleep 0.2"], cwd=REPO) as parent:
+        while len(workers := set(pids.read_text().split())) < 2:
+            time.sleep(0.1)
+        parent.kill()
+    end = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

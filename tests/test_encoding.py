@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-import utils.cli
 import utils.encoder
 from tests.kill import kill_at
 from utils.dataset import find_samples
@@ -321,43 +319,6 @@ def test_a_second_encoder_is_refused_while_the_first_is_at_work(folder, tree):
     with FileLock(folder / "hie" / LOCK), pytest.raises(UserError, match="is being written by another process"):
         encode(folder, tree)
     assert encode(folder, tree) == 2
-
-
-def die_at_seven(item: int) -> int:
-    if item == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return item
-
-
-@pytest.mark.slow
-def test_a_killed_worker_ends_the_work_with_a_message():
-    with pytest.raises(UserError, match="encoding: a worker process was killed"):
-        utils.cli.map_files(die_at_seven, range(100), "encoding", workers=2)
-
-
-WORK = "import os, sys; from utils.cli import map_files; map_files(os.system, [sys.argv[1]] * 200, 'x', workers=2)"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes in /proc")
-def test_workers_end_with_a_killed_parent(tmp_path):
-    pids = tmp_path / "pids"
-    pids.touch()
-    with subprocess.Popen([sys.executable, "-c", WORK, f"echo $PPID >> {pids}; sleep 0.2"], cwd=REPO) as parent:
-        while len(workers := set(pids.read_text().split())) < 2:
-            time.sleep(0.1)
-        parent.kill()
-    end = time.monotonic() + 30
-    while any(is_running(worker) for worker in workers):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # ---- what training asks ------------------------------------------------------------------------------------
