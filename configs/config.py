@@ -393,8 +393,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_keys(), formatter_class=raw)
     parser.add_argument("--cfg", metavar="BASE", help="start from this file instead of the defaults")
     parser.add_argument("--full", action="store_true", help="write every key, not only those that differ")
+    parser.add_argument("--encoders", action="store_true", help="list the encoders of torchvision, and write nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs")
     arguments = parser.parse_intermixed_args()
+    if arguments.encoders:
+        from models.encoders.torchvision import names  # not above: it takes torch seconds
+
+        print(*names(), sep="\n")
+        return
     config = load_config(arguments.cfg, arguments.overrides)
     path = REPOSITORY / "configs" / f"{config.exp_name}.json"
     if path.exists() and load_config(path) != config:

@@ -164,6 +164,8 @@ def draw_animals(folder: Path) -> None:
 def test_the_commands_of_a_page_work(house, page):
     if page.stem == "own_data":
         draw_animals(house.folder / "data" / "animals")
+    if page.stem in ("evaluate", "predict"):
+        house.run(["python", "train.py", "--cfg", "configs/quickstart.json"])
     house.follow(page)
     if page.stem == "own_data":
         assert len(list((house.folder / "outputs/animals/overlay").glob("*.jpg"))) == 12
