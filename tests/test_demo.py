@@ -50,10 +50,10 @@ def picture_of(uri: str) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
 
-@pytest.mark.parametrize("rule", ["logit_sum", "mass"])
-def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(predictor, photo, tree, rule):
-    result = demo.decode_again(predictor, demo.predict(predictor, str(photo)), rule, 0.0)
-    shown = demo.to_show(result, rule)
+@pytest.mark.parametrize("criterion", ["bce", "ce"])
+def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(predictor, photo, tree, criterion):
+    result = demo.decode_again(predictor, demo.predict(predictor, str(photo)), "logit_sum", 0.0)
+    shown = demo.to_show(result, criterion)
     assert picture_of(shown["photo"]).shape == (60, 80, 3)
     maps = picture_of(shown["maps"]).reshape(3, 60, 80, 3)
     logits = result.logits[:, 0, 79]
@@ -61,7 +61,7 @@ def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(pred
     for level, name in enumerate(HEAD):
         node = tree.names.index(name)
         mass = sum(leaf for v, leaf in zip(tree.leaves, leaves, strict=True) if node in tree.paths[v])
-        score = mass if rule == "mass" else logits[node].sigmoid()
+        score = mass if criterion == "ce" else logits[node].sigmoid()
         assert maps[level, 30, 79, :2].tolist() == [node, round(255 * score.item())]
         assert maps[level, 30, 0, 0] == 0
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configs.config import DECODE_RULES, REPOSITORY
+from configs.config import DECODE_RULES, REPOSITORY, default_decode
 from manage.predictor import Decoding, Predictor, Result
 from tools.predict import Output
 from utils.cli import run_main
@@ -44,7 +44,6 @@ except ImportError:
 
 SHIPPED = REPOSITORY / "models" / "pretrained"
 LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
-OF_LEAVES = {"leaf", "mass"}  # rules of networks that were trained by a softmax over the leaves
 
 SKELETON = """
 <div class="levels"></div>
@@ -136,10 +135,10 @@ def decode_again(predictor: Predictor, result: Result, rule: str, offset: float)
     return replace(result, leaves=leaves.cpu().numpy())
 
 
-def to_show(result: Result, rule: str) -> dict[str, Any]:
+def to_show(result: Result, criterion: str | dict[str, float]) -> dict[str, Any]:
     """What the page's script draws: the photo, and class and probability of each pixel at each level."""
-    h, logits, sheets = result.hierarchy, result.logits.float(), []
-    scores = probabilities("mass" if rule in OF_LEAVES else rule, logits[None], h)[0]
+    h, sheets = result.hierarchy, []
+    scores = probabilities(default_decode(criterion), result.logits[None], h)[0]
     for nodes in result.levels:
         share = scores.gather(0, torch.from_numpy(nodes).long()[None])[0]
         sheets.append(np.dstack([nodes, (255 * share).round().byte().numpy(), np.zeros_like(nodes)]))
@@ -172,7 +171,8 @@ def build(predictor: Predictor) -> "gr.Blocks":
         if result is None:
             return None, None, gr.DownloadButton(interactive=False)
         result = decode_again(predictor, result, rule, offset)
-        return result, to_show(result, rule), gr.DownloadButton(value=to_download(result, Path(path)), interactive=True)
+        file = gr.DownloadButton(value=to_download(result, Path(path)), interactive=True)
+        return result, to_show(result, predictor.config.criterion), file
 
     def begin(path: str | None, rule: str, offset: float) -> tuple:
         try:
