@@ -1,99 +1,104 @@
-"""The benchmark measures like with like, and its tables hold ratios."""
+"""The benchmark times what it says, and the plan for a GPU counts what a step does."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from configs.config import Config
+from manage.network import build_network, load_hierarchy
 from tests.conftest import REPO
-from tools import baselines
-from tools.benchmark import Ratio, take_turns
-from tools.benchmark_scaling import tree_of
-from utils.decode import DECODERS
-from utils.losses import LOSSES
-from utils.metrics import LevelScores
+from tests.factory import make_data, write_config
+from tools.benchmark import STAGES, Row, Setting, in_turns, seconds
+from tools.gpu_plan import CARDS, Counter, Part, count_step, plan_table
+
+SMALL = {"crop_size": 64, "batch_size": 2, "pretrained": False}
 
 
-@pytest.fixture
-def batch(tree):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, tree.num_nodes, 24, 20, generator=generator)
-    labels = torch.randint(0, tree.num_leaves, (2, 24, 20), generator=generator, dtype=torch.uint8)
-    labels[:, :3] = tree.ignore_index
-    return logits, labels
+def test_the_first_round_is_not_counted() -> None:
+    calls = []
+    values = seconds(lambda: calls.append(1), rounds=3)
+    assert (len(calls), len(values)) == (4, 3)
+    assert all(value >= 0 for value in values)
 
 
-@pytest.mark.parametrize("name", ["bce", "tree_min"])
-def test_plain_losses_equal_the_fast_ones(batch, tree, name):
-    logits, labels = batch
-    gradients = []
-    for loss in (getattr(baselines, name), LOSSES[name]):
-        z = logits.clone().requires_grad_()
-        value = loss(z, labels, tree)
-        value.backward()
-        gradients.append((value.detach(), z.grad))
-    (plain, plain_grad), (fast, fast_grad) = gradients
-    torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(plain_grad, fast_grad, rtol=1e-3, atol=1e-6)
+def test_a_row_shows_median_lowest_and_highest() -> None:
+    assert Row("step", "photos/s", [4.0, 1.0, 2.0]).cells() == ["step", "2 photos/s", "1 to 4"]
 
 
-def test_plain_scores_equal_the_fast_ones(batch, tree):
-    logits, labels = batch
-    leaf = baselines.decode(logits, tree)
-    assert torch.equal(leaf, DECODERS["prob_sum"](logits, tree).long())
-    plain, fast = baselines.Scores(tree), LevelScores(tree)
-    plain.update(leaf, labels, logits)
-    fast.update(leaf, labels, logits)
-    result = fast.compute()
-    for level, record in enumerate(result["levels"]):
-        for node in tree.level_classes[level]:
-            assert plain.ious()[level, node] == record["IoU"][tree.names[node]]
-    pairs = int((labels != tree.ignore_index).sum()) * len(tree.edges)
-    assert plain.violations / pairs == result["violation_rate"]
+def test_two_checkouts_take_turns_and_are_compared_within_rounds(tmp_path: Path) -> None:
+    ours, theirs, order = tmp_path / "a", tmp_path / "b", []
+
+    def measure(checkout: Path, number: int) -> float:
+        order.append((checkout.name, number))
+        return {"a": 6.0, "b": 3.0}[checkout.name] * (number + 1)
+
+    rows = in_turns(Setting(Config(), tmp_path, 2, [ours, theirs]), measure, "epoch", "photos/s")
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [row.values for row in rows] == [[6, 12], [3, 6], [2, 2]]
+    assert len(in_turns(Setting(Config(), tmp_path, 2, [ours]), measure, "epoch", "photos/s")) == 1
 
 
-def test_the_plain_encoding_equals_the_targets(batch, tree):
-    labels = batch[1][0]
-    planes = baselines.encode_mask(labels.numpy(), tree)
-    assert np.array_equal(planes, tree.encode(labels)[0].permute(1, 2, 0).numpy().astype(bool))
+# ---- the plan for a GPU ------------------------------------------------------------------------------------------
 
 
-def test_contestants_take_turns_after_a_round_that_is_not_counted():
-    order = []
-    runners = {name: lambda name=name: order.append(name) for name in "abc"}
-    costs = take_turns(runners, rounds=3)
-    assert [len(costs[name]) for name in "abc"] == [3, 3, 3]
-    rounds = ["".join(order[i : i + 3]) for i in range(3, 12, 3)]
-    assert rounds == ["abc", "bca", "cab"]
+def test_an_operation_counts_what_it_reads_and_writes_and_a_view_nothing() -> None:
+    a, b = torch.zeros(3, 5), torch.zeros(3, 5, dtype=torch.float16)
+    with Counter() as counter:
+        counter.enter("sum")
+        (a + b).view(15)
+        counter.enter("product")
+        torch.mm(a, a.t())
+    assert counter.parts["sum"].operations == [(15 * 4 + 15 * 2 + 15 * 4, 0)]
+    assert [flops for _, flops in counter.parts["product"].operations] == [2 * 3 * 5 * 3]
 
 
-def test_a_ratio_is_taken_within_rounds():
-    ratio = Ratio.of([2.0, 40.0, 6.0], [1.0, 10.0, 2.0])
-    assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 4.0)
+def test_a_bound_takes_the_slower_of_moving_and_computing() -> None:
+    assert Part([(10, 0), (1, 40)]).seconds(peak=20, bandwidth=5) == 2 + 2
 
 
-@pytest.mark.parametrize("nodes", [10, 27, 200])
-def test_trees_of_any_size_can_be_made(nodes):
-    tree = tree_of(nodes)
-    assert tree.num_nodes == nodes
-    assert tree.leaves == tuple(range(tree.num_leaves))
+def test_a_step_has_the_flops_of_network_and_backward() -> None:
+    config = Config(**SMALL)
+    network = build_network(config, load_hierarchy(config))
+    with FlopCounterMode(display=False) as flops:
+        network(torch.zeros(2, 3, 64, 64)).sum().backward()
+    assert sum(part.flops for part in count_step(config).values()) == flops.get_total_flops()
 
 
-def test_quick_stages_run_and_write_ratios_and_a_trace(tmp_path):
-    out, traces = tmp_path / "out.json", tmp_path / "traces"
-    stages = ["encode", "load", "bce", "tree_min", "scores", "evaluation", "network"]
-    command = [sys.executable, "tools/benchmark.py", "--quick", "--threads", "1", "--device", "cpu", "--json", str(out)]
-    done = subprocess.run(
-        [*command, "--profile", str(traces), "--only", *stages], cwd=REPO, capture_output=True, text=True, timeout=300
-    )
+def test_launches_do_not_depend_on_the_size_and_bytes_do() -> None:
+    small, large = (count_step(Config(**SMALL | {"batch_size": n, "criterion": "tree_min"})) for n in (2, 8))
+    assert small.keys() == large.keys() >= {"network, forward", "loss, forward", "loss, backward"}
+    for name, part in small.items():
+        assert len(part.operations) == len(large[name].operations)
+    assert large["loss, forward"].bytes == pytest.approx(4 * small["loss, forward"].bytes, rel=0.01)
+    assert len(small["loss, forward"].operations + small["loss, backward"].operations) < 250
+
+
+def test_the_plan_is_a_table_with_a_column_a_card() -> None:
+    rows = [line for line in plan_table(Config(**SMALL)).splitlines() if line.startswith("|")]
+    assert all(card in rows[0] for card in CARDS)
+    assert len({row.count("|") for row in rows}) == 1
+
+
+# ---- the tool ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_stages_run_on_the_data_of_a_config(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", train=8, val=3)
+    cfg, out = write_config(tmp_path, data), tmp_path / "out.json"
+    stages = [name for name in STAGES if name != "evaluation"]  # three more processes, started the same way
+    command = [sys.executable, "tools/benchmark.py", "--cfg", cfg, "--rounds", "1", "--json", out, "--only", *stages]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
-    assert {stage["name"] for stage in record["stages"]} == set(stages)
-    for stage in record["stages"]:
-        assert 0 < stage["ratio"]["low"] <= stage["ratio"]["median"] <= stage["ratio"]["high"]
-        assert stage["stage"] in done.stdout
+    assert len(record["rows"]) > len(stages)
+    for row in record["rows"]:
+        assert row["values"][0] > 0
+        assert row["title"] in done.stdout
     assert record["environment"]["hardware"]
-    assert json.loads((traces / "train_step.pt.trace.json").read_text())["traceEvents"]
+    assert not (tmp_path / "experiments").exists()  # it writes elsewhere

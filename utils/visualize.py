@@ -88,7 +88,8 @@ def gallery(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], hierarc
     """Rows of pictures under titles, and a legend. Shape: (h, w, 3) uint8 each -> (h, w, 3) uint8."""
     side = 200
     framed = [np.concatenate([_framed(thumbnail(cell, side), side) for cell in row], axis=1) for row in rows]
-    return stack([_titles(titles, side), *framed, legend(hierarchy, framed[0].shape[1])])
+    coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
+    return stack([_titles(titles, side), *framed, legend(hierarchy, framed[0].shape[1], coloured)])
 
 
 def _cells(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:
