@@ -66,7 +66,7 @@ def test_the_arguments_of_a_run_give_back_its_config(tmp_path: Path) -> None:
         ({"overrides": {"lrr": 1}}, "run 'bce': .*unknown key 'lrr'; did you mean 'lr'"),
         ({"search": {"lrr": [1]}}, "unknown key 'lrr'"),
         ({"search": {"lr": 0.1}}, "'search' is .*; expected values to try"),
-        ({"search": "ce"}, "'search' is 'ce', which is no run that searches"),
+        ({"search": "ce"}, "'search' is 'ce', no run that searches"),
         ({"cfg": "configs/nothing.json"}, "no such file"),
         ({"cfg": "configs/experiments/losses_cpu.json"}, "unknown key 'runs'"),
         ({"cfg": 3}, "expected the path of a config"),
@@ -170,11 +170,10 @@ def test_scores_of_another_config_are_not_taken_for_those_of_the_run(tmp_path: P
         finished(tmp_path, tree).finals({"lr": 0.5})[0].scored()
 
 
-def test_a_run_that_was_begun_is_resumed(tmp_path: Path, tree: Hierarchy) -> None:
-    begun, fresh = (Job(run, 1, tmp_path) for run in finished(tmp_path, tree).finals({}))
-    assert begun.commands[0][-1] == "--resume"
-    assert "--resume" not in fresh.commands[0]
-    assert [command[0] for command in fresh.commands] == ["train.py", "evaluate.py"]
+def test_a_run_goes_on_from_its_checkpoint_if_there_is_one(tmp_path: Path, tree: Hierarchy) -> None:
+    train, evaluate = Job(finished(tmp_path, tree).finals({})[0], 1, tmp_path).commands
+    assert (train[0], *train[-2:]) == ("train.py", "--resume", "auto")
+    assert (evaluate[0], evaluate[-1]) == ("evaluate.py", "--no-pictures")
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

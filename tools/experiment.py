@@ -31,14 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import REPOSITORY
 from manage.comparison import compare
-from manage.experiment import config_copy, cores
+from manage.experiment import cores
 from tools.compare import write_report
 from tools.experiment_runs import Entry, Run, read_entries
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.locks import Lock
-
-SCORING = ("--checkpoint", "last", "--decode", "all", "--no-pictures")
 
 
 def main() -> int:
@@ -58,7 +56,7 @@ def main() -> int:
 
 def choices(entries: Sequence[Entry]) -> dict[str, dict]:
     """What the final runs of an entry are given; without those that wait for a search."""
-    own = {entry.name: entry.choice() if entry.searches else {} for entry in entries}
+    own = {entry.name: entry.choice() for entry in entries}
     chosen = {entry.name: own[entry.search if isinstance(entry.search, str) else entry.name] for entry in entries}
     return {name: keys for name, keys in chosen.items() if keys is not None}
 
@@ -68,9 +66,6 @@ def final_runs(entries: Sequence[Entry]) -> list[Run]:
     chosen = choices(entries)
     runs = [entry.finals(chosen[entry.name]) for entry in entries if entry.name in chosen]
     return [run for same_seed in itertools.zip_longest(*runs) for run in same_seed if run is not None]
-
-
-# ---- running -----------------------------------------------------------------------------------------------------
 
 
 def run_all(file: Path, entries: Sequence[Entry], jobs: int) -> list[str]:
@@ -109,17 +104,12 @@ def run_open(runs: Sequence[Run], jobs: int, logs: Path) -> list[str]:
                 job.stop()
             passed_on = len(told)
             for job, status in [(job, job.advance()) for job in active]:
-                if status is None:
-                    continue
-                active.remove(job)
-                is_well = status == 0 and not told and job.run.scored() is not None
-                end = (
-                    f"finished {job.run.name}"
-                    if is_well
-                    else f"{job.run.name}: ended with status {status}, see {job.log}"
-                )
-                faults += [] if is_well else [end]
-                print(f"{end}; {len(waiting) + len(active)} to go", flush=True)
+                if status is not None:
+                    active.remove(job)
+                    if status or job.run.scored() is None:
+                        faults.append(f"{job.run.name}: ended with status {status}, see {job.log}")
+                    end = f"finished {job.run.name}" if status == 0 else faults[-1]
+                    print(f"{end}; {len(waiting) + len(active)} to go", flush=True)
             time.sleep(0.2)
     finally:
         for job in active:
@@ -137,23 +127,23 @@ class Job:
 
     def __init__(self, run: Run, threads: int, logs: Path) -> None:
         self.run, self.log, self.process = run, logs / f"{run.name}.log", None
-        self.environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-        resume = ["--resume"] if config_copy(run.config).is_file() else []
-        self.commands = [["train.py", *run.arguments, *resume], ["evaluate.py", *run.arguments, *SCORING]]
+        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # waiting threads sleep: utils/__init__.py
+        scoring = ("--checkpoint", "last", "--decode", "all", "--no-pictures")
+        self.commands = [["train.py", *run.arguments, "--resume", "auto"], ["evaluate.py", *run.arguments, *scoring]]
 
     def advance(self) -> int | None:
         """Starts what comes next; returns the exit status once there is nothing more, or something failed."""
         status = self.process.poll() if self.process else 0
-        if status == 0 and self.commands:
-            if not self._is_trained_by_another():
-                self._start(self.commands.pop(0))
-            return None
-        return status
+        if status or not self.commands:
+            return status
+        if status == 0 and not Lock(self.run.config.experiment_dir).is_held():  # by a training that outlived its runner
+            self._start(self.commands.pop(0))
+        return None
 
     def stop(self) -> None:
         """A training saves and ends; told twice, it ends at once."""
         self.commands.clear()
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None:
             self.process.terminate()
 
     def _start(self, command: Sequence[str]) -> None:
@@ -164,13 +154,6 @@ class Job:
             # in a session of its own: Ctrl-C reaches us alone, and we pass it on once
             options = {"env": self.environment, "cwd": REPOSITORY, "start_new_session": True}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, **options)
-
-    def _is_trained_by_another(self) -> bool:
-        """A training that outlived its runner holds the experiment's lock; it is waited for."""
-        return Lock(self.run.config.experiment_dir).is_held()
-
-
-# ---- results -----------------------------------------------------------------------------------------------------
 
 
 def write_results(file: Path, entries: Sequence[Entry], out: Path) -> None:

@@ -30,13 +30,10 @@ class Run:
     """One training, whose last weights are scored: the best ones are chosen on the photos that are scored."""
 
     entry: str
+    name: str
     overrides: dict[str, Any]
     arguments: list[str]  # of train.py and evaluate.py
     config: Config
-
-    @property
-    def name(self) -> str:
-        return self.config.exp_name
 
     def scored(self) -> Experiment | None:
         """None until it is trained to the end, and scored as its config decodes.
@@ -68,17 +65,14 @@ class Entry:
     search: dict[str, list] | str | None
     file: Path
 
-    @property
-    def searches(self) -> bool:
-        return isinstance(self.search, dict)
-
     def run(self, label: str, keys: dict[str, Any]) -> Run:
         own = self.overrides | keys | {"exp_name": f"{self.file.stem}_{self.name}_{label}"}
         texts = [f"{key}={value if TYPES.get(key) is str else json.dumps(value)}" for key, value in own.items()]
         try:
-            return Run(self.name, own, ["--cfg", self.cfg, *texts], load_config(REPOSITORY / self.cfg, texts))
+            config = load_config(REPOSITORY / self.cfg, texts)
         except UserError as error:
             raise UserError(f"{self.file}, run {self.name!r}: {error}") from None
+        return Run(self.name, config.exp_name, own, ["--cfg", self.cfg, *texts], config)
 
     def finals(self, keys: dict[str, Any]) -> list[Run]:
         """One run a seed, on all train photos."""
@@ -86,41 +80,39 @@ class Entry:
 
     def tries(self) -> list[Run]:
         """One run a combination of the values to try, with the first seed, scored on the held-out photos."""
-        if not self.searches:
+        if not isinstance(self.search, dict):
             return []
-        source = Path(self.run("lists", {}).config.train_sample_ids_file)
-        fixed = {key: str(source.with_stem(source.stem + end)) for key, end in LISTS.items()}
+        ids_file = Path(self.finals({})[0].config.train_sample_ids_file)
+        fixed = {key: str(ids_file.with_stem(ids_file.stem + ending)) for key, ending in LISTS.items()}
         fixed |= {"seed": self.seeds[0], "root_bias": {}}  # a bias is of one rule, and the rule is yet to be chosen
-        choices = [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
-        labels = ["_".join(["try", *(f"{key}{value}" for key, value in keys.items())]) for keys in choices]
-        return [self.run(label, keys | fixed) for label, keys in zip(labels, choices, strict=True)]
+        tries = [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
+        return [self.run("_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), keys | fixed) for keys in tries]
 
     def choice(self) -> dict[str, Any] | None:
         """The try and the decoding rule with the best of the config's monitored score; None until all are scored."""
-        found: list[tuple[float, dict[str, Any]]] = []
+        found: list[tuple[float, dict[str, Any]]] = [] if isinstance(self.search, dict) else [(0.0, {})]
         for run in self.tries():
             if (experiment := run.scored()) is None:
                 return None
             way, score = run.config.monitor.split()
+            keys = {key: run.overrides[key] for key in self.search} | {"root_bias": {}}
             for rule, scores in experiment.record["rules"].items():
                 if (value := scores.get(score)) is not None:
-                    keys = {key: run.overrides[key] for key in self.search}
-                    found.append((value if way == "max" else -value, keys | {"decode": rule, "root_bias": {}}))
+                    found.append((value if way == "max" else -value, keys | {"decode": rule}))
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
     def write_lists(self) -> None:
         """Splits the train ids by chance, always the same. Raises: UserError when such a list holds other ids."""
-        if not self.searches:
-            return
-        ids, run = read_ids(self.run("lists", {}).config.ids_file("train")), self.tries()[0]
-        held_out = set(random.Random(0).sample(sorted(ids), max(1, len(ids) // HELD_OUT)))
-        for split in ("train", "val"):
-            path = run.config.ids_file(split)
-            text = "".join(f"{i}\n" for i in ids if (i in held_out) == (split == "val"))
-            if not path.exists():
-                write_whole(text, path)
-            elif path.read_text(encoding="utf-8") != text:
-                raise UserError(f"{path}: lists other photos than a split of the train list does now; move it away")
+        for run in self.tries()[:1]:
+            ids = read_ids(self.finals({})[0].config.ids_file("train"))
+            held_out = set(random.Random(0).sample(sorted(ids), max(1, len(ids) // HELD_OUT)))
+            for split in ("train", "val"):
+                path = run.config.ids_file(split)
+                text = "".join(f"{i}\n" for i in ids if (i in held_out) == (split == "val"))
+                if not path.exists():
+                    write_whole(text, path)
+                elif path.read_text(encoding="utf-8") != text:
+                    raise UserError(f"{path}: lists other photos than a split of the train list does; move it away")
 
 
 def read_entries(file: Path) -> list[Entry]:
@@ -133,13 +125,12 @@ def read_entries(file: Path) -> list[Entry]:
     if not isinstance(content["runs"], list) or not content["runs"]:
         raise UserError(f"{file}: 'runs' must be a list with at least one run")
     entries = [_read_entry(file, record, content.get("search"), i) for i, record in enumerate(content["runs"])]
-    names, searching = [entry.name for entry in entries], {entry.name for entry in entries if entry.searches}
+    names = [entry.name for entry in entries]
     for entry in entries:
-        where = f"{file}, run {entry.name!r}"
         if names.count(entry.name) > 1:
-            raise UserError(f"{where}: two runs have this name; give each its own")
-        if isinstance(entry.search, str) and entry.search not in searching:
-            raise UserError(f"{where}: 'search' is {entry.search!r}, which is no run that searches by itself")
+            raise UserError(f"{file}, run {entry.name!r}: two runs have this name; give each its own")
+        if isinstance(entry.search, str) and not any(e.name == entry.search and e.tries() for e in entries):
+            raise UserError(f"{file}, run {entry.name!r}: 'search' is {entry.search!r}, no run that searches by itself")
         _ = entry.tries(), entry.finals({})  # their configs are checked
     return entries
 
