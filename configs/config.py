@@ -8,6 +8,7 @@ python configs/config.py --help                                         # every 
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -397,9 +398,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs")
     arguments = parser.parse_intermixed_args()
     if arguments.encoders:
-        from models.encoders.torchvision import names  # not above: it takes torch seconds
-
-        print(*names(), sep="\n")
+        encoders = importlib.import_module("models.encoders.torchvision")  # here alone does a config ask a model
+        print(*encoders.names(), sep="\n")
         return
     config = load_config(arguments.cfg, arguments.overrides)
     path = REPOSITORY / "configs" / f"{config.exp_name}.json"

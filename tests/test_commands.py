@@ -121,7 +121,8 @@ class House:
             for words in commands(text):
                 if words[0] in ELSEWHERE:
                     continue
-                told |= dict.fromkeys(TOLD.findall(self.run(words)))
+                output = self.run(words)
+                told |= dict.fromkeys(TOLD.findall(output) if "--help" not in words else [])
                 count += 1
         for line in told:
             if not re.search(r"[<…]|\.\.\.|\b[A-Z]\b", line):  # a place for a name

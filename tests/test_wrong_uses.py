@@ -63,18 +63,12 @@ def evaluate(keys, checkpoint=None, **changes):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ('{"batch_sise": 4}', ["c.json", "batch_sise", "did you mean 'batch_size'"]),
-        ('{"batch_size": "four"}', ["batch_size", "a whole number", "four"]),
-        ('{"batch_size": true}', ["batch_size", "a whole number"]),
-        ('{"lr": -1}', ["lr", "more than 0"]),
         ('{"lr": NaN}', ["NaN"]),
         ('{"lr": 1, "lr": 2}', ["lr", "twice"]),
-        ('{"lr": 0.1,}', ["c.json, line 1", "not valid JSON"]),
         ("[1]", ["expected a JSON object"]),
         ('{"exp_name": "../x"}', ["exp_name", "no folders"]),
         ('{"img_dir": "../photos"}', ["img_dir", "inside root_data_dir"]),
         ('{"criterion": "tree_mim"}', ["criterion", "did you mean 'tree_min'"]),
-        ('{"vflip": 0.5, "n_val_pictures": 4}', ["c.json: leave out", "'vflip'", "'n_val_pictures'", "first four"]),
         ('{"criterion": {"bce": 0}}', ["criterion", "weight above 0"]),
         ('{"crop_size": 100}', ["crop_size", "multiple of 32", "128"]),
         ('{"device": "gpu"}', ["device", "cuda"]),
@@ -198,18 +192,16 @@ def owner(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, owner, capsys):
+def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, owner, tmp_path, capsys):
     refused(train(keys), f"in use by process {owner.pid} on {socket.gethostname()} since 2", "choose another")
+    signature = tmp_path / "experiments/tiny/.owner.json"
+    signature.rename(tmp_path / "signature")  # as in the moment before it has signed
+    refused(train(keys), "is in use by another;")
+    (tmp_path / "signature").rename(signature)
     owner.kill()
     owner.wait()
     assert train(keys)() == 0
     assert f"the lock of process {owner.pid} on" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_lock_whose_owner_has_not_signed_yet_is_of_another_process(keys, owner, tmp_path):
-    (tmp_path / "experiments/tiny/.owner.json").unlink()
-    refused(train(keys), "is in use by another;")
 
 
 def test_a_disk_without_locks_is_not_taken_for_another_process(keys, monkeypatch):
@@ -259,11 +251,6 @@ def test_a_run_does_not_go_on_with_a_changed_tree(keys, tmp_path, part, change):
     change(tree)
     path.write_text(json.dumps(tree))
     refused(train(keys, ""), str(path), "has changed", "last.pt", part, "put the old")
-
-
-def test_a_photo_that_has_gone_is_named_before_a_run_goes_on(trained, tmp_path):
-    (tmp_path / "data/JPEGImages/p01.jpg").unlink()
-    refused(train(trained, ""), "'p01'", "JPEGImages")
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(trained, tmp_path):
@@ -319,22 +306,17 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
     assert all(tensor.isfinite().all() for tensor in last["model"].values())
 
 
-def test_a_best_checkpoint_that_was_set_aside_is_no_longer_the_one_to_beat(trained, tmp_path):
-    folder = tmp_path / "experiments/tiny/models_checkpoints"
-    (folder / "best.pt").unlink()
-    assert train(trained, "", n_epochs=2)() == 0
-    assert load_checkpoint(folder / "best.pt")["epoch"] == 2
-
-
 def test_a_finished_run_goes_on_with_more_epochs_and_says_what_happens_to_the_rate(trained, tmp_path, capsys):
+    folder = tmp_path / "experiments/tiny"
+    (folder / "models_checkpoints/best.pt").unlink()  # then it is no longer the one to beat
     refused(train(trained, n_epochs=3), "exists already with another config (n_epochs differ)", "--resume")
     assert train(trained, "", n_epochs=3)() == 0
     output = capsys.readouterr().out
     assert "n_epochs 1 -> 3: the poly schedule is spread over all; lr goes on at 0.00694, where it stood at 0" in output
     assert "resumed from" in output
     assert "epoch 3/3" in output
-    copy = json.loads((tmp_path / "experiments/tiny/configs/tiny.json").read_text())
-    assert copy["n_epochs"] == 3
+    assert json.loads((folder / "configs/tiny.json").read_text())["n_epochs"] == 3
+    assert load_checkpoint(folder / "models_checkpoints/best.pt")["epoch"] > 1
     refused(train(trained, "", n_epochs=2), "n_epochs: 3 then, 2 now")
 
 
