@@ -66,7 +66,7 @@ class TrainingReport:
         scores = [_score(name.removeprefix("val/"), value) for name, value in curves.items() if "train/" not in name]
         left = self.config.n_epochs - number
         seconds = (time.monotonic() - self.began) / max(1e-9, number - self.begun_at) * left
-        end = [f"{record['photos_per_second']:.1f} photos/s", f"{duration(seconds)} left"]
+        end = [f"{record['photos_per_second']:.1f} photos/s", *[f"{duration(seconds)} left"] * bool(left)]
         say("  ".join([f"epoch {number}/{self.config.n_epochs}", *scores, *end]))
         if not left:
             self.curves.hparams(self.config, [name for name in curves if "/" not in name])

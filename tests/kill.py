@@ -1,4 +1,4 @@
-"""A child process that kills itself at a named point, told by Python's own audit events: no module is changed.
+"""A child process that dies or fails at a named point, told by Python's own audit events: no module is changed.
 
     run("train.py", "--cfg", cfg, log=log, prepare=(kill_at, "os.rename", "*/last.pt", 2))
 
@@ -7,15 +7,57 @@ are synced), "os.rename" (os.replace too), "os.remove", "os.mkdir", "os.truncate
 Python's table of audit events.
 """
 
+import errno
 import os
 import resource
 import signal
 import sys
+import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 
 
 def kill_at(event: str, pattern: str, number: int = 1) -> None:
     """From here on this process kills itself before its `number`-th event on a path that fits the pattern."""
+    _at(event, pattern, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fail_at(event: str, pattern: str, number: int = 1) -> None:
+    """From here on the `number`-th such event finds the disk full."""
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _at(event, pattern, number, fail)
+
+
+def before_step(number: int, action: Callable, *arguments) -> None:
+    """From here on this process calls the action before it trains the step of that number, counted from 0."""
+    from manage.train_manager import TrainManager
+
+    step = TrainManager.train_step
+
+    def with_action(self, group):
+        if self.step == number:
+            action(*arguments)
+        return step(self, group)
+
+    TrainManager.train_step = with_action
+
+
+def wait_until_there(place: str) -> None:
+    print("waiting", flush=True)
+    while not os.path.exists(place):
+        time.sleep(0.02)
+
+
+def kill_half_written(size: int) -> None:
+    """From here on the kernel kills this process when it writes a file beyond `size` bytes; `size` are on disk then."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would go on with an OSError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _at(event: str, pattern: str, number: int, action: Callable[[], None]) -> None:
     seen = 0
 
     def hook(name: str, arguments: tuple) -> None:
@@ -23,15 +65,9 @@ def kill_at(event: str, pattern: str, number: int = 1) -> None:
         if name == event and any(_fits(argument, pattern) for argument in arguments):
             seen += 1
             if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                action()
 
     sys.addaudithook(hook)
-
-
-def kill_half_written(size: int) -> None:
-    """From here on the kernel kills this process when it writes a file beyond `size` bytes; `size` are on disk then."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would go on with an OSError
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def _fits(argument, pattern: str) -> bool:

@@ -23,6 +23,7 @@ from manage.checkpoint import load_checkpoint
 from tests.conftest import REPO
 from tests.factory import Child
 
+pytestmark = pytest.mark.slow
 PATIENCE = 400  # seconds; it takes a few, but machines can be busy
 SMALL = {
     "pretrained": False,

@@ -2,17 +2,21 @@
 
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from manage.checkpoint import load_checkpoint
 from tests.factory import Child, curves, make_data, records, run, save_each_step, write_config
-from tests.kill import kill_at, kill_half_written
+from tests.kill import before_step, kill_at, kill_half_written, wait_until_there
 
+pytestmark = pytest.mark.slow
 KILLS = 20
 PLAIN = {"num_workers": 0, "optimizer": "sgd"}
 RICH = {"num_workers": 2, "optimizer": "adamw", "lr": 0.003, "ema_decay": 0.9, "color_jitter": 0.3, "accumulate": 2}
@@ -29,11 +33,31 @@ def untouched(request, data, tmp_path_factory):
     """A run that nobody disturbs: its folder, its keys and how long it took."""
     root = tmp_path_factory.mktemp("untouched")
     keys = {"n_epochs": 4, "val_every": 2} | request.param
-    began = time.monotonic()
     cfg = write_config(root, data, **keys)
+    Child("train.py", "--help", log=root / "log").wait()  # the fork server has started, so the clock tells of the run
+    began = time.monotonic()
     status, output = run("train.py", "--cfg", cfg, log=root / "log", prepare=(save_each_step,))
     assert status == 0, output
     return root, keys, time.monotonic() - began
+
+
+@pytest.fixture
+def resume(untouched, data, tmp_path):
+    """Trains in tmp_path with the keys of the untouched run; returns exit status and output."""
+
+    def train(*arguments, prepare=()):
+        cfg = write_config(tmp_path, data, **untouched[1])
+        return run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
+
+    return train
+
+
+@pytest.fixture
+def copied(untouched, tmp_path):
+    """The folder of a copy of the untouched run's checkpoints."""
+    for name in ("experiments", "tensorboard"):
+        shutil.copytree(untouched[0] / name, tmp_path / name)
+    return tmp_path / "experiments/tiny/models_checkpoints"
 
 
 def checkpoint(root, name, experiment="tiny"):
@@ -102,60 +126,43 @@ WRITING = {
 }
 
 
-def test_killed_at_every_point_of_writing_a_checkpoint_it_ends_with_the_same_bits(untouched, data, tmp_path):
-    reference, keys, _ = untouched
-    cfg = write_config(tmp_path, data, **keys)
-    arguments, folder = [], tmp_path / "experiments/tiny/models_checkpoints"
-    for point, kill in WRITING.items():
-        prepare = [(save_each_step,), kill]
-        status, output = run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
+def test_killed_at_every_point_of_writing_a_checkpoint_it_ends_with_the_same_bits(untouched, resume, tmp_path):
+    for number, (point, kill) in enumerate(WRITING.items()):
+        status, output = resume(*["--resume"] * bool(number), prepare=[(save_each_step,), kill])
         assert status in (-signal.SIGKILL, -signal.SIGXFSZ), f"{point}: {output}"
         assert "damaged" not in output
-        arguments = ["--resume"]
-    status, output = run("train.py", "--cfg", cfg, "--resume", log=tmp_path / "log")
+    status, output = resume("--resume")
     assert status == 0, output
-    assert not list(folder.glob(".*")), "half-written files are cleared away"
-    assert_same_run(tmp_path, reference)
+    assert not list((tmp_path / "experiments/tiny/models_checkpoints").glob(".*")), "what is half-written goes"
+    assert_same_run(tmp_path, untouched[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_at_the_next_step_and_the_run_goes_on_from_there(untouched, data, tmp_path, number):
-    reference, keys, _ = untouched
-    cfg = write_config(tmp_path, data, **keys)
-    child = Child("train.py", "--cfg", cfg, log=tmp_path / "log")
-    child.wait_for("mIoU1")  # after the second epoch
-    os.kill(child.process.pid, number)
-    assert child.wait() == 128 + number, child.output
-    assert f"stopped by {number.name}" in child.output
-    assert "--resume" in child.output
-    status, output = run("train.py", "--cfg", cfg, "--resume", log=tmp_path / "log")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_at_the_next_step_and_the_run_goes_on_by_the_command_it_prints(
+    untouched, resume, tmp_path, number
+):
+    status, output = resume(prepare=(before_step, 5, signal.raise_signal, number))
+    assert status == 128 + number, output
+    command = re.search(rf"stopped by {number.name} after step 6; all is saved. Go on with: python (.*)", output)[1]
+    script, *words = shlex.split(command)
+    status, output = run(Path(script).name, *words, log=tmp_path / "log")
     assert status == 0, output
     for state in ("best", "last"):
-        assert_same(checkpoint(tmp_path, state)["model"], checkpoint(reference, state)["model"])
-    assert records(tmp_path) == records(reference)
+        assert_same(checkpoint(tmp_path, state)["model"], checkpoint(untouched[0], state)["model"])
+    assert records(tmp_path) == records(untouched[0])
 
 
-def sleep_in_the_second_step() -> None:
-    from manage.train_manager import TrainManager
-
-    step = TrainManager.train_step
-
-    def slow(self, group):
-        if self.step == 1:
-            print("asleep", flush=True)
-            while True:
-                time.sleep(0.05)
-        return step(self, group)
-
-    TrainManager.train_step = slow
+def test_nohup_is_respected(resume):
+    nohup = (signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    status, output = resume(prepare=[nohup, (before_step, 1, signal.raise_signal, signal.SIGHUP)])
+    assert status == 0, output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(data, tmp_path, number):
-    child = Child(
-        "train.py", "--cfg", write_config(tmp_path, data), log=tmp_path / "log", prepare=(sleep_in_the_second_step,)
-    )
-    child.wait_for("asleep")
+    prepare = (before_step, 1, wait_until_there, "/no/such/place")
+    child = Child("train.py", "--cfg", write_config(tmp_path, data), log=tmp_path / "log", prepare=prepare)
+    child.wait_for("waiting")
     os.kill(child.process.pid, number)
     time.sleep(0.5)
     assert child.process.is_alive(), "the first waits for the step to end"
@@ -191,92 +198,60 @@ def test_a_signal_that_another_process_had_first_is_no_second_one(data, tmp_path
     assert checkpoint(tmp_path, "last")["step"] == 1
 
 
-def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(untouched, data, tmp_path):
-    reference, keys, _ = untouched
-    for name in ("experiments", "tensorboard"):
-        shutil.copytree(reference / name, tmp_path / name)
-    last = tmp_path / "experiments/tiny/models_checkpoints/last.pt"
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(untouched, resume, copied, tmp_path):
+    last = copied / "last.pt"
     last.write_bytes(last.read_bytes()[:-1000])
-    cfg = write_config(tmp_path, data, **keys)
-    status, output = run("train.py", "--cfg", cfg, "--resume", log=tmp_path / "log")
+    status, output = resume("--resume")
     assert status == 0, output
     assert f"{last}: truncated, damaged" in output
-    assert_same_run(tmp_path, reference)
+    assert_same_run(tmp_path, untouched[0])
 
 
-def test_two_damaged_checkpoints_push_no_whole_one_out(untouched, data, tmp_path):
-    reference, keys, _ = untouched
-    for name in ("experiments", "tensorboard"):
-        shutil.copytree(reference / name, tmp_path / name)
+def test_two_damaged_checkpoints_push_no_whole_one_out(untouched, resume, copied, tmp_path):
     for name in ("best", "checkpoint_4", "last"):  # all that was written at the end
-        path = tmp_path / "experiments/tiny/models_checkpoints" / f"{name}.pt"
+        path = copied / f"{name}.pt"
         if load_checkpoint(path)["epoch"] == 4:  # the best may be older
             path.write_bytes(path.read_bytes()[:-1])
-    cfg = write_config(tmp_path, data, **keys)
-    status, output = run(
-        "train.py",
-        "--cfg",
-        cfg,
-        "--resume",
-        log=tmp_path / "log",
-        prepare=(kill_at, "os.rename", "*/.last.pt.*.part", 1),
-    )
+    status, output = resume("--resume", prepare=(kill_at, "os.rename", "*/.last.pt.*.part", 1))
     assert status == -signal.SIGKILL, output
     assert "previous.pt at epoch 4" in output
-    status, output = run("train.py", "--cfg", cfg, "--resume", log=tmp_path / "log")
+    status, output = resume("--resume")
     assert status == 0, output
-    assert_same_run(tmp_path, reference)
+    assert_same_run(tmp_path, untouched[0])
 
 
-def test_an_older_checkpoint_is_gone_on_from_under_a_new_name_alone(untouched, data, tmp_path):
-    reference, keys, _ = untouched
-    for name in ("experiments", "tensorboard"):
-        shutil.copytree(reference / name, tmp_path / name)
+def test_an_older_checkpoint_is_gone_on_from_under_a_new_name_alone(untouched, resume, copied, tmp_path):
+    reference = untouched[0]
     before = {path: path.read_bytes() for path in (tmp_path / "experiments").rglob("*.*") if path.is_file()}
-    cfg, log = write_config(tmp_path, data, **keys), tmp_path / "log"
-    status, output = run("train.py", "--cfg", cfg, "--resume", "checkpoint_3", log=log)
+    status, output = resume("--resume", "checkpoint_3")
     assert status == 2, output
-    file = tmp_path / "experiments/tiny/models_checkpoints/checkpoint_3.pt"
+    file = copied / "checkpoint_3.pt"
+    assert "checkpoint_3.pt is older than last.pt, and a run goes on from its newest checkpoint only" in output
     command = f"exp_name=NEW --resume {file}"
-    assert "checkpoint_3.pt is older than last.pt, and a run goes on from its newest checkpoint only. Go on from there "
     assert output.strip().endswith(command), output
     words = command.replace("NEW", "second").split()
     kill = (kill_at, "os.rename", "*second/models_checkpoints/.last.pt.*.part", 2)
-    assert run("train.py", "--cfg", cfg, *words, log=log, prepare=kill)[0] == -signal.SIGKILL
-    status, output = run("train.py", "--cfg", cfg, "exp_name=second", "--resume", log=log)
+    assert resume(*words, prepare=kill)[0] == -signal.SIGKILL
+    status, output = resume("exp_name=second", "--resume")
     assert status == 0, output
     assert_same(checkpoint(tmp_path, "last", "second")["model"], checkpoint(reference, "last")["model"])
     assert records(tmp_path, "second") == records(reference)[3:]
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_the_scale_of_half_precision_is_resumed(data, tmp_path):
-    keys = {"amp": "fp16", "n_epochs": 2, "val_every": 2}
+@pytest.mark.parametrize(("keys", "is_real"), [({"amp": "fp16"}, False), ({"n_train_photos": 4, "keep": 1}, True)])
+def test_the_scale_of_fp16_and_a_resnet_are_resumed_to_the_same_bits(data, tmp_path, keys, is_real):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    status, output = run("train.py", "--cfg", write_config(whole, data, **keys), log=whole / "log")
-    assert status == 0, output
-    cfg = write_config(parted, data, **keys)
-    child = Child("train.py", "--cfg", cfg, log=parted / "log")
-    child.wait_for("loss_train")
-    os.kill(child.process.pid, signal.SIGTERM)
-    child.wait()
-    assert run("train.py", "--cfg", cfg, "--resume", log=parted / "log")[0] == 0
-    assert checkpoint(whole, "last")["scaler"]["_growth_tracker"] > 0
-    assert_same(checkpoint(parted, "last")["scaler"], checkpoint(whole, "last")["scaler"])
-    assert_same(checkpoint(parted, "last")["model"], checkpoint(whole, "last")["model"])
-
-
-def test_a_resnet_too_ends_with_the_same_bits(data, tmp_path):
-    keys = {"n_epochs": 2, "n_train_photos": 4, "n_val_photos": 1, "keep": 1}
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    status, output = run("train.py", "--cfg", write_config(whole, data, **keys), log=whole / "log", real=True)
-    assert status == 0, output
-    cfg = write_config(parted, data, **keys)
-    child = Child("train.py", "--cfg", cfg, log=parted / "log", real=True, prepare=(save_each_step,))
-    child.wait_for("loss_train")
-    child.process.kill()
-    child.wait()
-    assert run("train.py", "--cfg", cfg, "--resume", log=parted / "log", real=True)[0] == 0
-    assert_same(checkpoint(parted, "last")["model"], checkpoint(whole, "last")["model"])
-    assert_same(checkpoint(parted, "last")["optimizer"], checkpoint(whole, "last")["optimizer"])
+    runs = [(whole, [], 0), (parted, [(save_each_step,), (before_step, 1, os._exit, 9)], 9), (parted, [], 0)]
+    for number, (root, prepare, expected) in enumerate(runs):
+        cfg = write_config(root, data, **keys | {"n_epochs": 2, "val_every": 2, "n_val_photos": 1})
+        words = ["--resume"] * (number == 2)
+        status, output = run("train.py", "--cfg", cfg, *words, log=root / "log", real=is_real, prepare=prepare)
+        assert status == expected, output
+    assert "resumed from" in output
+    assert "epoch 1, batch 2" in output
+    one, other = checkpoint(parted, "last"), checkpoint(whole, "last")
+    for key in ("model", "optimizer", "scaler"):
+        assert_same(one[key], other[key])
     assert records(parted) == records(whole)
+    assert is_real or one["scaler"]["_growth_tracker"] > 0

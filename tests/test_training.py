@@ -1,7 +1,6 @@
 """Equal configs give equal trainings. That loading does not depend on workers is shown in test_data_pipeline.py."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -9,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import models.hseg
+from configs.config import Config
 from manage.checkpoint import load_checkpoint
-from tests.factory import curves, make_data, records, run, write_config
+from manage.train_manager import TrainManager
+from tests.factory import TINY, curves, make_data, records, run, write_config
+from tests.kill import before_step
+from tests.preloaded import SlimEncoder
+from utils.errors import UserError
 
 SAME = {"deterministic": True, "n_epochs": 2, "color_jitter": 0.3}
 
@@ -55,6 +60,7 @@ def losses(root: Path) -> list[tuple[int, float]]:
     return curves(root)["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_trainings_of_one_config_end_with_the_same_bits(trained, reference, workers):
     again = trained(num_workers=workers)
@@ -64,6 +70,7 @@ def test_two_trainings_of_one_config_end_with_the_same_bits(trained, reference, 
     assert records(again) == records(reference)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_training(trained, reference):
     other = trained(seed=1, num_workers=0)
     one, two = bits(reference), bits(other)
@@ -72,6 +79,7 @@ def test_another_seed_gives_another_training(trained, reference):
     assert losses(other) != losses(reference)
 
 
+@pytest.mark.slow
 def test_a_run_records_seed_commit_and_versions(reference):
     folder = reference / "experiments/tiny"
     copy = json.loads((folder / "configs/tiny.json").read_text())
@@ -85,23 +93,78 @@ def test_a_run_records_seed_commit_and_versions(reference):
     assert all(start.values()), "nothing is left blank"
 
 
-def slow_steps_and_a_signal_in_the_second(seconds: float) -> None:
-    from manage.train_manager import TrainManager
-
-    step = TrainManager.train_step
-
-    def slow(self, group):
-        time.sleep(seconds)
-        if self.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, group)
-
-    TrainManager.train_step = slow
-
-
+@pytest.mark.slow
 def test_the_seconds_before_a_stop_are_counted(data, tmp_path):
     cfg = write_config(tmp_path, data, **SAME)
-    slow = (slow_steps_and_a_signal_in_the_second, 0.3)
+    slow = [(before_step, 0, time.sleep, 0.6), (before_step, 1, signal.raise_signal, signal.SIGTERM)]
     status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=slow)
     assert status == 128 + signal.SIGTERM, output
     assert state(tmp_path)["seconds"] >= 0.6
+
+
+# --- an end that nobody foresaw ---
+@pytest.fixture
+def manager(data, tmp_path, monkeypatch):
+    """A slim training of two epochs with two steps each, in this process."""
+    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+    keys = {"root_dir": str(tmp_path), "root_data_dir": str(data), "n_epochs": 2, "n_train_photos": 4}
+    return lambda: TrainManager(Config(**TINY | keys))
+
+
+def at_step(run: TrainManager, number: int, action) -> None:
+    step = run.learner.step
+    run.learner.step = lambda *arguments: action() if run.step == number else step(*arguments)
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+def test_an_unexpected_end_saves_what_is_whole_and_says_one_line(manager, tmp_path):
+    run = manager()
+    load = run.loader._batch
+
+    def spoilt(draws, samples):
+        return load(draws, samples) if run.step < 3 else fail_with(ValueError("the photos are gone\nand more"))
+
+    run.loader._batch = spoilt
+    with pytest.raises(UserError) as caught:
+        run.run()
+    file = tmp_path / "experiments/tiny/traceback.txt"
+    line = (
+        f"step 4 (epoch 2): ValueError: the photos are gone (see {file}). All steps before it are saved; go on with: "
+    )
+    assert str(caught.value).startswith(line)
+    assert "in spoilt" in file.read_text()
+    assert state(tmp_path)["step"] == 3
+    assert manager().run("") == 0
+    assert state(tmp_path)["step"] == 4
+
+
+ALLOCATIONS = {
+    "CPU": lambda: torch.empty(1 << 60),
+    "GPU": lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+}
+
+
+@pytest.mark.parametrize("device", ALLOCATIONS)
+def test_out_of_memory_names_the_keys_and_saves_no_half_step(manager, tmp_path, device):
+    run = manager()
+    at_step(run, 3, ALLOCATIONS[device])
+    with pytest.raises(UserError, match=r"^step 4 .*: out of memory at batch_size 2 and crop_size 32; lower batch_"):
+        run.run()
+    assert state(tmp_path)["step"] == 2, "the checkpoint of the first epoch stands"
+
+
+def test_a_run_that_finds_background_alone_says_so_with_usual_causes(manager, capsys):
+    run = manager()
+    run.learner.network.segmentation_head.start_at = lambda _logits: None
+    with torch.no_grad():
+        run.learner.network.segmentation_head.weight.zero_()
+        run.learner.network.segmentation_head.bias.copy_(torch.tensor([20.0] + [-20.0] * 9))
+    run.config.lr = 1e-9
+    assert run.run() == 0
+    output = capsys.readouterr().out
+    assert output.count("warning: not one pixel of a part is found, all is background. Usual causes: ") == 2
+    assert "epoch 2/2  loss_train " in output
+    assert "done, best in epoch 1: mIoU1 0.0 %; all is in" in output
