@@ -61,8 +61,8 @@ def test_rules_equal_the_loops_at_every_batch_size_that_could_broadcast_wrongly(
     h = Hierarchy.load(TREES / f"{tree}.json")
     bias = torch.linspace(-1, 1, len(h.roots)).tolist()
     # as many samples, rows or columns as nodes, leaves or roots
-    shapes = [(1, 2, 3), (2, 2, 2), (4, 3, 1), (h.num_nodes, 1, 1), (h.num_leaves, 1, 2)]
-    for batch, height, width in [*shapes, (1, h.num_nodes, h.num_leaves)]:
+    shapes = [(1, 2, 3), (4, 3, 1), (h.num_nodes, 1, 1), (h.num_leaves, 1, 2), (len(h.roots), 2, 1)]
+    for batch, height, width in [*shapes, (1, h.num_nodes, 1), (1, 1, h.num_leaves)]:
         logits = random_logits(h, batch, height, width, seed=batch)
         for given in (None, bias):
             expected = reference.decode(rule, logits, h, given)

@@ -57,6 +57,7 @@ def test_what_is_exported_predicts_as_the_predictor_does(tmp_path, rule, tree_fi
         np.testing.assert_allclose(scores[seed].numpy(), expected.scores, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_and_onnx_agree_with_pytorch_for_any_batch_and_size(
     checkpoint, sample_data, tmp_path, monkeypatch, capsys
 ):

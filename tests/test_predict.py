@@ -228,6 +228,7 @@ def test_a_path_that_names_nothing_is_a_mistake(run, tmp_path):
         run(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_nothing_but_the_checkpoint_is_needed(checkpoint, photos, tmp_path):
     """The code without one config or tree file, called from elsewhere."""
     code = tmp_path / "code"
