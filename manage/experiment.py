@@ -123,6 +123,11 @@ def check_same_run(
 
     Raises: UserError where config, tree, network or lists of photos (`digests`) differ.
     """
+    if state["format"] < 2:
+        raise UserError(
+            f"{source}: is of format 1, which can be evaluated but not gone on from; start another run from its "
+            f"weights: init_from={source}"
+        )
     check_same_network(config, hierarchy, state, source)
     check_same_tree(config, hierarchy, state, source)
     theirs = config_from_dict(without_gone(state["config"]), f"{source}, its config")
