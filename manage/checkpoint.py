@@ -121,7 +121,9 @@ def find_checkpoint(name: str, folder: Path, root: Path) -> Path:
 
 
 def find_model(name: str, root: Path) -> Path:
-    """The best checkpoint of an experiment, by its name or folder; else as `find_checkpoint` finds a path."""
+    """The best checkpoint of an experiment, by its name or folder; a folder of tools/export.py; or any other path."""
+    if os.path.isfile(Path(name) / "model.safetensors"):
+        return Path(name)
     for folder in (root / "experiments" / name, Path(name)):
         if os.path.isfile(folder / "models_checkpoints" / "best.pt"):
             return folder / "models_checkpoints" / "best.pt"

@@ -14,7 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.config import DECODE_RULES, REPOSITORY, Config, config_from_dict, load_config, parse_overrides
+from configs.config import (
+    DECODE_RULES,
+    REPOSITORY,
+    Config,
+    config_from_dict,
+    load_config,
+    parse_overrides,
+    without_gone,
+)
 from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
@@ -147,8 +155,8 @@ def to_evaluate(cfg: str | None, checkpoint: str | None, overrides: list[str]) -
             path = find_model(checkpoint, REPOSITORY)
         except UserError:  # `best`, say: of the experiment that the overrides name
             return load_config(None, overrides), checkpoint
-        values = load_checkpoint(path)["config"] | parse_overrides(overrides)
-        return config_from_dict(values, f"{path}, its config"), str(path)
+        values = without_gone(load_checkpoint(path)["config"], any_value=True)
+        return config_from_dict(values | parse_overrides(overrides), f"{path}, its config"), str(path)
     return load_config(cfg, overrides), checkpoint
 
 

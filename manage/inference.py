@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manage.faults import is_out_of_memory
 from utils.dataset import Sample
 from utils.errors import UserError
 
@@ -119,11 +120,6 @@ def _rows_of(logits: Tensor, sample: Sample, amp: str) -> Rows:
     yield from _resized(iter([part]), (height, width), tuple(sample.labels.shape))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """An allocator of a GPU or of the machine gave up; that of the CPU says so in words alone."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
 @contextlib.contextmanager
 def photo_named(name: str) -> Iterator[None]:
     """Errors say which photo they are about. Raises: UserError in place of what an allocator raises."""
@@ -209,6 +205,11 @@ def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int
             held, top = held[:, kept - top :].clone(), kept
 
 
+def scaled(side: int, scale: float) -> int:
+    """A side at a scale of so many quarters, rounded; at least 1. In whole numbers, so that a symbol may stand in."""
+    return (side * round(4 * scale) + 2) // 4
+
+
 @torch.inference_mode()
 def _mean_of_views(
     network: nn.Module, image: Tensor, grain: int, amp: str, tta: str, mirror: Sequence[int] | None
@@ -218,7 +219,7 @@ def _mean_of_views(
     for scale in SCALES[tta]:
         view = image[None]
         if scale != 1:
-            shape = [max(1, round(side * scale)) for side in image.shape[-2:]]
+            shape = [scaled(side, scale) for side in image.shape[-2:]]
             view = F.interpolate(view.float(), shape, mode="bilinear", align_corners=False)
         for is_flipped in (False,) if tta == "off" else (False, True):
             logits = _forward(network, view.flip(-1) if is_flipped else view, amp)

@@ -22,6 +22,7 @@ from manage.network import restore_network
 from models.hseg import HSEG
 from utils.decode import DECODERS
 from utils.errors import UserError
+from utils.files import read_json
 from utils.hierarchy import Hierarchy
 from utils.images import photo_size, read_photo, scaled_size, upright_rgb
 
@@ -38,7 +39,7 @@ class Decoding:
     @classmethod
     def of(cls, trained_with: Config, rule: str | None = None, root_bias: dict | None = None) -> "Decoding":
         """The checkpoint's own rule and offset, where the user names no other; the offset is for its own rule alone."""
-        own = getattr(trained_with, "decode_rule", trained_with.decode)
+        own = trained_with.decode_rule
         rule = own if rule in (None, "auto") else rule
         if rule not in DECODERS:
             raise UserError(f"decode {rule!r} is no decoding rule; expected one of {', '.join(DECODE_RULES)}")
@@ -60,6 +61,24 @@ class Decoding:
 
     def __str__(self) -> str:
         return self.rule + (f" with root_bias {self.root_bias}" if self.root_bias else "")
+
+
+def load_folder(folder: Path) -> dict[str, Any]:
+    """What tools/export.py wrote as a folder, as `load_checkpoint` would give it. Raises: UserError."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{folder}: needs the package safetensors: pip install -r requirements-export.txt") from None
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except Exception as error:  # the package raises its own kinds
+        raise UserError(f"{folder / 'model.safetensors'}: damaged ({error}); copy the folder again") from None
+    return {
+        "model": weights,
+        "ema": None,
+        "config": read_json(folder / "config.json"),
+        "tree": read_json(folder / "tree.json"),
+    }
 
 
 def how_to_feed(trained_with: Config, h: Hierarchy, tta: str | None = None, tile: int | None = None) -> dict[str, Any]:
@@ -138,7 +157,8 @@ class Predictor:
         """
         where = distributed.choose_device(device)
         path = find_model(str(checkpoint), REPOSITORY)
-        config, hierarchy, network = restore_network(load_checkpoint(path), str(path))
+        state = load_folder(path) if path.is_dir() else load_checkpoint(path)
+        config, hierarchy, network = restore_network(state, str(path))
         return cls(network.to(where), config, hierarchy, **options)
 
     def __call__(self, photo: Image.Image, keep_logits: bool = True) -> Result:

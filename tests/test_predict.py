@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from configs.config import config_from_dict
-from manage.checkpoint import pack
+from manage.checkpoint import load_checkpoint, pack
 from manage.inference import photo_logits
 from manage.predictor import Predictor
 from models.hseg import HSEG
@@ -139,6 +139,17 @@ def test_a_file_is_read_as_evaluation_reads_it(tmp_path, tree, size):
     fed = torch.from_numpy(np.array(read_photo(tmp_path / "photo.jpg", 64))).permute(2, 0, 1)
     expected = photo_logits(predictor.network, fed, size[::-1])
     assert torch.equal(predictor.predict_file(tmp_path / "photo.jpg").logits, expected[0])
+
+
+def test_a_checkpoint_of_half_precision_is_computed_in_single(checkpoint, predictor, tmp_path):
+    state = load_checkpoint(checkpoint)
+    state["model"] = {
+        key: value.half() if value.is_floating_point() else value for key, value in state["model"].items()
+    }
+    write_whole(pack(state), tmp_path / "half.pt")
+    half = Predictor.load(tmp_path / "half.pt", "cpu")
+    assert {value.dtype for value in half.network.parameters()} == {torch.float32}
+    torch.testing.assert_close(half(noise(40, 40)).logits, predictor(noise(40, 40)).logits, atol=0.1, rtol=0.05)
 
 
 def test_an_unknown_rule_is_refused(checkpoint):
