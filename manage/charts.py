@@ -47,7 +47,7 @@ def line_chart(
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    _finish(figure, axes, path)
+    _finish(figure, [axes], "both", path)
 
 
 class Interval(NamedTuple):
@@ -61,9 +61,7 @@ class Interval(NamedTuple):
     is_clear: bool
 
 
-def interval_chart(
-    groups: Mapping[str, Sequence[Interval]], path: str | Path, title: str = "", x_label: str = ""
-) -> None:
+def interval_chart(groups: Mapping[str, Sequence[Interval]], path: Path, title: str = "", x_label: str = "") -> None:
     """Draws a panel a group with a row an interval, beside a line at 0; rings are the parts of its mean.
 
     Clear ones are blue right of 0 and orange left of it, all others grey.
@@ -88,12 +86,12 @@ def interval_chart(
         axes.tick_params(left=False)
     figure.suptitle(title, x=0.01, ha="left")
     panels[-1].set_xlabel(x_label)
-    _finish(figure, panels[-1], path, panels)
+    _finish(figure, panels, "x", path)
 
 
-def _finish(figure: Figure, axes, path: str | Path, panels: Sequence | None = None) -> None:
-    for each in [axes] if panels is None else panels:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(axis="x" if panels is not None else "both", color="#e4e4e4")
-        each.set_axisbelow(True)
+def _finish(figure: Figure, panels: Sequence, grid: str, path: str | Path) -> None:
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis=grid, color="#e4e4e4")
+        axes.set_axisbelow(True)
     figure.savefig(path, dpi=130)

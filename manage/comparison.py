@@ -100,7 +100,7 @@ class Group:
         return [experiment.seed for experiment in self.experiments]
 
     def values(self, name: str) -> list[float | None]:
-        return [experiment.scores[name] for experiment in self.experiments]
+        return [experiment.scores.get(name) for experiment in self.experiments]
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,6 @@ class Difference:
         return "better" if self.value > 0 else "worse"
 
     @property
-    def is_claim(self) -> bool:
-        """One seed leaves the seed's part unknown."""
-        return self.verdict in ("better", "worse") and len(self.by_seed) > 1
-
-    @property
     def sentence(self) -> str:
         """The verdict with its numbers, in points (hundredths of the score)."""
         agreeing = (
@@ -159,11 +154,13 @@ class Comparison:
         return self.groups[0].experiments[0].hierarchy
 
     @property
+    def from_baseline(self) -> list[Difference]:
+        """Every group against the first, at each level."""
+        return [d for d in self.differences if d.first == self.groups[0].label]
+
+    @property
     def experiments(self) -> list[Experiment]:
         return [experiment for group in self.groups for experiment in group.experiments]
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def load_experiment(name: str | Path, evaluation: str = "best", rule: str | None = None) -> Experiment:
@@ -182,10 +179,7 @@ def load_experiment(name: str | Path, evaluation: str = "best", rule: str | None
     record = read_json(scored / "scores.json")
     owner = record["config"]["exp_name"]
     if not config.with_name(f"{owner}.json").is_file():  # the folder itself may have been renamed
-        raise UserError(
-            f"{scored}: holds the scores of a checkpoint of {owner!r}, not of {folder.name!r}; compare {owner!r} "
-            f"itself, or score a checkpoint of {folder.name!r}: {command}"
-        )
+        raise UserError(f"{scored}: holds scores of {owner!r}, not of {folder.name!r}; make its own: {command}")
     rule = rule or record["decode"]
     ids, matrices = _read_photos(scored / "photos.npz", rule)
     if len(ids) != record["photos"]:
@@ -231,12 +225,7 @@ def _listing(folder: Path) -> str:
     return f"; {folder} holds {', '.join(names[:12])}" if names else ""
 
 
-# ---- comparing ---------------------------------------------------------------------------------------------------
-
-
-def compare(
-    experiments: Sequence[Experiment], resamples: int = RESAMPLES, names: Mapping[str, str] | None = None
-) -> Comparison:
+def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, names: Mapping | None = None) -> Comparison:
     """Groups experiments by config and compares every two groups at every level.
 
     `names` says what a group is called, by an experiment in it; without, it is what tells the groups apart.
@@ -280,19 +269,14 @@ def group_by_config(
     experiments: Sequence[Experiment], given: Mapping[str, str]
 ) -> tuple[list[Group], dict[str, list[Any]]]:
     """The groups, in the order given, and the config keys in which they differ; `processes` counts as one."""
-    sets: list[list[Experiment]] = []
+    by_config: dict[str, list[Experiment]] = {}
     for experiment in experiments:
-        own = next((s for s in sets if _compared(s[0]) == _compared(experiment)), None)
-        if own is None:
-            sets.append([experiment])
-        else:
-            own.append(experiment)
-    values = [_compared(members[0]) for members in sets]
-    keys = [
-        key
-        for key in [*FIELDS, "processes"]
-        if len({json.dumps(value.get(key), sort_keys=True) for value in values}) > 1
-    ]
+        by_config.setdefault(json.dumps(_compared(experiment), sort_keys=True), []).append(experiment)
+    sets = list(by_config.values())
+    texts = {
+        key: {json.dumps(_compared(s[0]).get(key), sort_keys=True) for s in sets} for key in (*FIELDS, "processes")
+    }
+    keys = [key for key in texts if len(texts[key]) > 1]
     labels = [given.get(s[0].name, label) for s, label in zip(sets, _labels(sets, keys), strict=True)]
     groups = [group for label, members in zip(labels, sets, strict=True) for group in _split_repeats(label, members)]
     return groups, {key: [_compared(group.experiments[0]).get(key) for group in groups] for key in keys}
@@ -301,12 +285,10 @@ def group_by_config(
 def _labels(sets: Sequence[Sequence[Experiment]], keys: Sequence[str]) -> list[str]:
     """What tells the groups apart, in as few keys as do it."""
     keys = sorted(keys or ["criterion"], key=lambda key: key != "criterion")  # the objective says most
-    labels: list[str] = []
+    values, labels = [_compared(members[0]) for members in sets], [""] * len(sets)
     for count in range(1, len(keys) + 1):
-        values = [_compared(members[0]) for members in sets]
-        labels = [", ".join(_short(key, value.get(key)) for key in keys[:count]) for value in values]
-        if len(set(labels)) == len(labels):
-            break
+        if len(set(labels)) < len(sets) or count == 1:
+            labels = [", ".join(_short(key, value.get(key)) for key in keys[:count]) for value in values]
     return labels
 
 
@@ -324,10 +306,7 @@ def _compared(experiment: Experiment) -> dict[str, Any]:
 
 
 def _short(key: str, value: Any) -> str:
-    if key == "criterion":
-        return criterion_name(value)
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"{key} {text}"
+    return criterion_name(value) if key == "criterion" else f"{key} {value if value is not None else 'null'}"
 
 
 def criterion_name(criterion: str | Mapping[str, float]) -> str:
@@ -335,9 +314,6 @@ def criterion_name(criterion: str | Mapping[str, float]) -> str:
     if isinstance(criterion, str):
         return criterion
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in criterion.items())
-
-
-# ---- statistics --------------------------------------------------------------------------------------------------
 
 
 def level_mious(matrices: np.ndarray, h: Hierarchy) -> np.ndarray:

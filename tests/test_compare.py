@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from manage.comparison import (
     allow_for_many,
     bootstrap,
     compare,
-    criterion_name,
     level_mious,
     load_experiment,
     mean_and_spread,
     p_value,
 )
 from manage.tables import summary
+from tests.factory import REPO
 from tools import compare as tool
 from utils.errors import UserError
 from utils.files import write_json
@@ -102,10 +103,7 @@ def runs(tmp_path: Path, tree: Hierarchy) -> list[Path]:
     return make_runs(tmp_path, tree)
 
 
-SUM = {"tree_min": 1.0, "bce": 1.0}
-
-
-# ---- statistics --------------------------------------------------------------------------------------------------
+SUM = {"tree_min": 1.0, "bce": 0.5}
 
 
 def test_level_scores_of_many_matrices_equal_those_of_the_metrics(tree: Hierarchy) -> None:
@@ -173,15 +171,11 @@ def difference(
 def test_a_verdict_needs_the_interval_and_the_seeds(given: Difference, verdict: str) -> None:
     assert given.verdict == verdict
     assert f"b against a: {verdict}, " in given.sentence
-    assert given.is_claim == (verdict in ("better", "worse") and len(given.by_seed) > 1)
 
 
 def test_the_sentence_says_what_one_seed_cannot() -> None:
     assert "seeds' part in it is not known" in difference(0.02, 0.01, 0.03, {0: 0.02}).sentence
     assert "+2.00 points (95% interval over photos +1.00 to +3.00" in difference(0.02, 0.01, 0.03, {}).sentence
-
-
-# ---- grouping and comparing --------------------------------------------------------------------------------------
 
 
 def compared(folders: list[Path], **options) -> Comparison:
@@ -190,7 +184,7 @@ def compared(folders: list[Path], **options) -> Comparison:
 
 def test_runs_that_differ_only_in_seed_form_a_group(runs: list[Path]) -> None:
     comparison = compared(runs)
-    assert [group.label for group in comparison.groups] == ["bce", "tree_min + bce"]
+    assert [group.label for group in comparison.groups] == ["bce", "tree_min + 0.5 bce"]
     assert [group.seeds for group in comparison.groups] == [[0, 1, 2]] * 2
     assert list(comparison.differing) == ["criterion"]
     named = compared(runs, names={"bce_seed0": "flat", "sum_seed0": "tree"})
@@ -200,6 +194,7 @@ def test_runs_that_differ_only_in_seed_form_a_group(runs: list[Path]) -> None:
 def test_a_better_run_is_called_better_and_the_interval_holds_the_difference(runs: list[Path]) -> None:
     comparison = compared(runs)
     assert [d.verdict for d in comparison.differences] == ["better"] * 3
+    assert comparison.differences == compared(runs).differences  # the same resamples again
     for d in comparison.differences:
         assert d.low < d.value < d.high
         assert d.value == pytest.approx(np.mean(list(d.by_seed.values())))
@@ -232,83 +227,58 @@ def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_config(runs: lis
     assert comparison.groups[2].label == "bce, processes [4, 2]"
 
 
-def test_the_same_resamples_give_the_same_numbers(runs: list[Path]) -> None:
-    first, second = (compared(runs).differences for _ in range(2))
-    assert first == second
+SCORED = Path("evaluation", "best")
 
 
-def test_names_of_criteria() -> None:
-    assert criterion_name("bce") == "bce"
-    assert criterion_name({"tree_min": 1.0, "bce": 0.5}) == "tree_min + 0.5 bce"
+def change_scores(folder: Path, **changes) -> None:
+    path = folder / SCORED / "scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
-
-
-def test_a_missing_evaluation_names_the_command(runs: list[Path]) -> None:
-    with pytest.raises(UserError, match=r"python evaluate.py --cfg .*bce_seed0.json --checkpoint last"):
-        load_experiment(runs[0], evaluation="last")
-
-
-def test_an_unknown_experiment_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such experiment"):
-        load_experiment(tmp_path / "nothing")
-
-
-def test_a_damaged_evaluation_is_refused(runs: list[Path]) -> None:
-    (runs[0] / "evaluation" / "best" / "photos.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"photos.npz: damaged"):
-        load_experiment(runs[0])
-
-
-def test_a_rule_that_was_not_evaluated_is_refused(runs: list[Path]) -> None:
-    with pytest.raises(UserError, match="was decoded by logit_sum, leaf"):
-        load_experiment(runs[0], rule="prob_sum")
-
-
-def test_scores_of_another_experiment_are_refused(runs: list[Path]) -> None:
-    path = runs[0] / "evaluation" / "best" / "scores.json"
-    path.write_bytes((runs[3] / "evaluation" / "best" / "scores.json").read_bytes())
-    with pytest.raises(UserError, match="scores of a checkpoint of 'sum_seed0', not of 'bce_seed0'"):
-        load_experiment(runs[0])
-
-
-def test_an_experiment_may_be_renamed(runs: list[Path]) -> None:
-    assert load_experiment(runs[0].rename(runs[0].with_name("bce.old"))).name == "bce_seed0"
-
-
-def test_other_photos_are_refused(tmp_path: Path, tree: Hierarchy) -> None:
-    folders = [fake_experiment(tmp_path, tree, f"n{photos}", 0.5, photos=photos) for photos in (30, 40)]
-    with pytest.raises(UserError, match=r"other photos, 30 and 40 .*such as photo30"):
-        compared(folders)
-
-
-def test_another_tree_is_refused(tmp_path: Path, tree: Hierarchy) -> None:
-    other = tree.to_dict()
-    other["nodes"][1]["name"] = "paw"
-    folders = [
-        fake_experiment(tmp_path, tree, "ours", 0.5),
-        fake_experiment(tmp_path, Hierarchy.from_dict(other), "theirs", 0.5),
-    ]
-    with pytest.raises(UserError, match="their trees differ"):
-        compared(folders)
-
-
-def test_other_labels_of_the_same_photos_are_refused(runs: list[Path]) -> None:
-    path = runs[1] / "evaluation" / "best" / "photos.npz"
+def change_photos(folder: Path, **changes) -> None:
+    path = folder / SCORED / "photos.npz"
     arrays = dict(np.load(path))
-    arrays["logit_sum"][3] = arrays["logit_sum"][3].T
-    np.savez_compressed(path, **arrays)
-    with pytest.raises(UserError, match=r"labels of 1 photos differ \(the first: photo3\)"):
-        compared(runs)
+    np.savez_compressed(path, **arrays | {name: change(arrays[name]) for name, change in changes.items()})
 
 
-def test_one_experiment_given_twice_is_refused(runs: list[Path]) -> None:
+def swap_labels_of_photo_3(matrices: np.ndarray) -> np.ndarray:
+    return np.where((np.arange(PHOTOS) == 3)[:, None, None], matrices.transpose(0, 2, 1), matrices)
+
+
+OTHER_TREE = Hierarchy.load(REPO / "configs" / "hierarchies" / "synthetic_deep.json").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda ours, _: shutil.rmtree(ours / SCORED), r"python evaluate.py --cfg .*bce.json --checkpoint best"),
+        (lambda ours, _: shutil.rmtree(ours), "no such experiment"),
+        (lambda ours, _: (ours / SCORED / "photos.npz").write_bytes(b"PK"), r"photos.npz: damaged"),
+        (lambda ours, _: (ours / SCORED / "scores.json").write_bytes(b"{"), r"scores.json, line 1: not valid JSON"),
+        (lambda ours, _: (ours / "metrics.jsonl").write_bytes(b"{"), r"metrics.jsonl: damaged"),
+        (lambda ours, theirs: shutil.copy(theirs / SCORED / "scores.json", ours / SCORED), "holds scores of 'sum'"),
+        (lambda ours, _: change_scores(ours, photos=39), "is about 39 photos, photos.npz about 40"),
+        (lambda ours, _: change_scores(ours, tree=OTHER_TREE), "their trees differ"),
+        (lambda ours, _: change_photos(ours, ids=lambda ids: ids[::-1]), r"other photos, .*in another order"),
+        (lambda ours, _: change_photos(ours, ids=lambda ids: np.append(ids[1:], "x")), "such as photo0, in one of"),
+        (lambda ours, _: change_photos(ours, logit_sum=swap_labels_of_photo_3), r"of 1 photos differ .*: photo3\)"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, tree: Hierarchy, spoil, message: str) -> None:
+    ours = fake_experiment(tmp_path, tree, "bce", 0.5)
+    theirs = fake_experiment(tmp_path, tree, "sum", 0.6, criterion=SUM)
+    spoil(ours, theirs)
+    with pytest.raises(UserError, match=message):
+        compared([theirs, ours])
+
+
+def test_one_experiment_is_read_as_it_was_evaluated_and_may_be_renamed(tmp_path: Path, tree: Hierarchy) -> None:
+    folder = fake_experiment(tmp_path, tree, "bce", 0.5)
     with pytest.raises(UserError, match="given twice"):
-        compare([load_experiment(runs[0]), load_experiment(runs[0])])
-
-
-# ---- reports -----------------------------------------------------------------------------------------------------
+        compared([folder, folder])
+    with pytest.raises(UserError, match="was decoded by logit_sum, leaf"):
+        load_experiment(folder, rule="prob_sum")
+    assert load_experiment(folder.rename(folder.with_name("bce.old"))).name == "bce"
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +289,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, tree: Hierarchy) -> Path:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.setattr("sys.argv", ["compare.py", *map(str, folders), "--out", str(root / "out")])
         tool.main()
-    assert "tree_min + bce against bce: better" in output.getvalue()
+    assert "tree_min + 0.5 bce against bce: better" in output.getvalue()
     assert "no photos side by side" in output.getvalue()  # there are no checkpoints here
     return root / "out"
 
@@ -358,7 +328,7 @@ def test_all_pairs_stand_in_a_table_with_opposite_signs(written: Path) -> None:
 def test_the_latex_table_is_well_formed(written: Path) -> None:
     text = (written / "comparison.tex").read_text()
     assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 2
-    assert "tree\\_min + bce & 3 & " in text
+    assert "tree\\_min + 0.5 bce & 3 & " in text
     assert " $\\pm$ " in text
     for table in text.split("\\begin{tabular}")[1:]:
         assert len({line.count(" & ") for line in table.splitlines() if line.endswith("\\\\")}) == 1
@@ -382,9 +352,6 @@ def test_names_in_a_page_and_in_latex_are_escaped() -> None:
     assert not re.findall(r"<[abc]>", tool.to_html([table], "<c>"))
     assert "50\\%" in tool.to_latex(table)
     assert "x\\_1" in tool.to_latex(table)
-
-
-# ---- charts ------------------------------------------------------------------------------------------------------
 
 
 def colours_in(path: Path) -> set[str]:

@@ -28,16 +28,7 @@ from PIL import Image
 
 from configs.config import DECODE_RULES
 from manage.charts import Interval, interval_chart, line_chart
-from manage.comparison import (
-    CONFIDENCE,
-    Comparison,
-    Experiment,
-    Group,
-    compare,
-    load_experiment,
-    mean_and_spread,
-    points,
-)
+from manage.comparison import CONFIDENCE, Comparison, Experiment, compare, load_experiment, mean_and_spread, points
 from manage.predictor import Predictor
 from utils import visualize
 from utils.cli import progress, run_main
@@ -66,7 +57,7 @@ def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes
 
     Raises: UserError when `out` cannot be written.
     """
-    for line in [*in_columns(score_table(comparison)), *verdicts(comparison)]:
+    for line in [*in_columns(score_table(comparison)), *(d.sentence for d in comparison.from_baseline)]:
         print(line)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -79,9 +70,6 @@ def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     print(f"wrote {out / stem}.html, .md, .tex and .json")
-
-
-# ---- what a report says, in blocks that become Markdown or HTML --------------------------------------------------
 
 
 Heading = namedtuple("Heading", "text")
@@ -104,12 +92,16 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
             f"{1 - CONFIDENCE:.2f} after it was adjusted for the {len(comparison.differences)} comparisons that were "
             "made (Holm)."
         )
-        blocks += [Heading("Differences"), Items(verdicts(comparison)), *draw_differences(comparison, path)]
-        blocks += [difference_table(comparison), Items([method]), *all_pairs(comparison)]
+        blocks += [Heading("Differences"), Items([d.sentence for d in comparison.from_baseline])]
+        blocks += [
+            *draw_differences(comparison, path),
+            difference_table(comparison),
+            Items([method]),
+            *all_pairs(comparison),
+        ]
     if len(comparison.groups) > 1:
         blocks += side_by_side(comparison, path)
-    for level in range(comparison.hierarchy.num_levels):
-        name = comparison.hierarchy.level_names[level]
+    for level, name in enumerate(comparison.hierarchy.level_names):
         blocks += [Heading(f"IoU per class: {name}"), class_table(comparison, level)]
     blocks += [*rule_table(comparison), Heading("Curves"), *draw_curves(comparison, path)]
     if comparison.differing:
@@ -120,22 +112,21 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
 
 
 def score_table(comparison: Comparison) -> Table:
-    names = list(comparison.experiments[0].scores)
-    titles = [name.replace("_with_background", " with bg").replace("_", " ") for name in names]
-    rows = [
-        [group.label, str(len(group.seeds)), *(_mean(group.values(n)) for n in names)] for group in comparison.groups
-    ]
+    """All scores; in percent, but that mistakes are as severe as they are high up the tree."""
+    factors = {name: 1 if "severity" in name else 100 for name in comparison.experiments[0].scores}
+    titles = [name.replace("_with_background", " with bg").replace("_", " ") for name in factors]
+    rows = []
+    for group in comparison.groups:
+        rows.append([group.label, str(len(group.seeds)), *(_mean(group.values(n), factors[n]) for n in factors)])
     return Table(["", "seeds", *titles], rows)
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Every group against the first."""
     rows = []
-    for d in comparison.differences:
-        if d.first == comparison.groups[0].label:
-            between = f"{points(d.low)} to {points(d.high)}"
-            per_seed = ", ".join(points(value) for value in d.by_seed.values()) or "-"
-            rows.append([d.second, d.first, d.score, points(d.value), between, per_seed, f"{d.p:.2g}", d.verdict])
+    for d in comparison.from_baseline:
+        between = f"{points(d.low)} to {points(d.high)}"
+        per_seed = ", ".join(points(value) for value in d.by_seed.values()) or "-"
+        rows.append([d.second, d.first, d.score, points(d.value), between, per_seed, f"{d.p:.2g}", d.verdict])
     header = ["", "against", "score", "difference", f"{CONFIDENCE:.0%} over photos", "each seed", "p (Holm)"]
     return Table([*header, "verdict"], rows)
 
@@ -151,8 +142,8 @@ def all_pairs(comparison: Comparison) -> list[Block]:
                 star = " *" if d.verdict in ("better", "worse") else ""
                 cells[d.second, d.first], cells[d.first, d.second] = points(d.value) + star, points(-d.value) + star
         rows = [[row, *(cells.get((row, column), "") for column in labels)] for row in labels]
-        blocks += [Heading(f"All pairs, mIoU{level} ({name}): row minus column; *: better or worse")]
-        blocks += [Table(["", *labels], rows)]
+        title = f"All pairs, mIoU{level} ({name}): row minus column; *: better or worse"
+        blocks += [Heading(title), Table(["", *labels], rows)]
     return blocks
 
 
@@ -184,12 +175,6 @@ def run_table(comparison: Comparison) -> Table:
     return Table(["run", "seed", "epoch", "train minutes", "commit", "hardware"], rows)
 
 
-def verdicts(comparison: Comparison) -> list[str]:
-    """A sentence for each level and each group against the first, the baseline."""
-    baseline = comparison.groups[0].label
-    return [difference.sentence for difference in comparison.differences if difference.first == baseline]
-
-
 def to_record(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON types; scores in [0, 1]."""
     differences = [vars(d) | {"verdict": d.verdict, "sentence": d.sentence} for d in comparison.differences]
@@ -204,8 +189,8 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
             classes = {f"level{n}": level["IoU"] for n, level in enumerate(e.levels, start=1)}
             own = {"name": e.name, "seed": e.seed, "decode": e.rule, "rules": e.record["rules"], "classes": classes}
             runs.append(own | {"train_seconds": e.train_seconds, "commit": e.said("commit")})
-    photos = len(comparison.experiments[0].ids)
-    return {"photos": photos, "groups": groups, "differences": differences, "runs": runs}
+    counts = {"photos": len(comparison.experiments[0].ids)}
+    return counts | {"groups": groups, "differences": differences, "runs": runs}
 
 
 def in_columns(table: Table) -> list[str]:
@@ -215,22 +200,20 @@ def in_columns(table: Table) -> list[str]:
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def _mean(values: Sequence[float | None], factor: float = 100) -> str:
     """`41.20 ± 0.31`, in percent."""
-    mean, spread = (None if v is None else f"{100 * v:.2f}" for v in mean_and_spread(values))
+    mean, spread = (None if v is None else f"{factor * v:.2f}" for v in mean_and_spread(values))
     return "-" if mean is None else mean if spread is None else f"{mean} ± {spread}"
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------------
 
 
 def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
     """Each group against the first at each level: difference, interval over photos, a ring for each seed."""
     baseline, rows = comparison.groups[0].label, {}
-    for d in comparison.differences:
-        if d.first == baseline and all(map(math.isfinite, (d.value, d.low, d.high))):
+    for d in comparison.from_baseline:
+        if all(map(math.isfinite, (d.value, d.low, d.high))):
             numbers = [100 * value for value in (d.value, d.low, d.high)]
-            row = Interval(d.second, *numbers, [100 * value for value in d.by_seed.values()], d.is_claim)
+            is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1  # one seed may be any seed
+            row = Interval(d.second, *numbers, [100 * value for value in d.by_seed.values()], is_clear)
             rows.setdefault(f"{d.score} ({d.level_name})", []).append(row)
     if not rows:
         return []
@@ -245,7 +228,7 @@ def draw_curves(comparison: Comparison, path: Path) -> list[Picture]:
     pictures = []
     for name in ("loss_train", *(f"mIoU{level + 1}" for level in range(comparison.hierarchy.num_levels))):
         factor, unit = (1, ", each of its own criterion") if name == "loss_train" else (100, " (%), val")
-        bands = {group.label: curve(group, name, factor) for group in comparison.groups}
+        bands = {group.label: curve(group.experiments, name, factor) for group in comparison.groups}
         series = {label: [(epoch, mean) for epoch, mean, _, _ in band] for label, band in bands.items() if band}
         if series:
             picture = Picture(name, path.with_name(f"{path.name}_{name}.png"))
@@ -256,9 +239,9 @@ def draw_curves(comparison: Comparison, path: Path) -> list[Picture]:
     return pictures
 
 
-def curve(group: Group, name: str, factor: float) -> list[tuple[int, float, float, float]]:
+def curve(experiments: Sequence[Experiment], name: str, factor: float) -> list[tuple[int, float, float, float]]:
     """(epoch, mean, lowest, highest) over the seeds, at the epochs that all of them have."""
-    runs = [{r["epoch"]: factor * r[name] for r in e.curves if r.get(name) is not None} for e in group.experiments]
+    runs = [{r["epoch"]: factor * r[name] for r in e.curves if r.get(name) is not None} for e in experiments]
     columns = {epoch: [run[epoch] for run in runs] for epoch in sorted(set.intersection(*map(set, runs)))}
     return [(epoch, sum(c) / len(c), min(c), max(c)) for epoch, c in columns.items()]
 
@@ -298,9 +281,6 @@ def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: S
     return visualize.gallery(rows, ["photo", "truth", *labels], experiments[0].hierarchy)
 
 
-# ---- Markdown, HTML, LaTeX ---------------------------------------------------------------------------------------
-
-
 def to_markdown(blocks: Sequence[Block]) -> str:
     return "\n\n".join(_markdown(block, is_first=number == 0) for number, block in enumerate(blocks)) + "\n"
 
@@ -328,24 +308,21 @@ def to_latex(table: Table) -> str:
     return "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}", ""])
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }
-h1, h2 { font-weight: 600; line-height: 1.2; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }
-th { color: #555; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-tbody tr:hover { background: #f6f8fa; } .better { color: #00704f; } .worse { color: #b34700; }
-p { max-width: 60rem; } img { max-width: 100%; height: auto; } li { margin: .2rem 0; }
-"""
-
-
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>{style}</style>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }}
+h1, h2 {{ font-weight: 600; line-height: 1.2; }} h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.2rem; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }}
+th {{ color: #555; font-weight: 600; }} th:first-child, td:first-child {{ text-align: left; }}
+tbody tr:hover {{ background: #f6f8fa; }} .better {{ color: #00704f; }} .worse {{ color: #b34700; }}
+img {{ max-width: 100%; height: auto; }} li {{ margin: .2rem 0; max-width: 60rem; }}
+</style>
 </head>
 <body>
 {body}
@@ -357,7 +334,7 @@ PAGE = """<!doctype html>
 def to_html(blocks: Sequence[Block], title: str) -> str:
     """One file that needs nothing else: pictures are inside."""
     body = "\n".join(_html(block, is_first=number == 0) for number, block in enumerate(blocks))
-    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
+    return PAGE.format(title=html.escape(title), body=body)
 
 
 def _html(block: Block, is_first: bool) -> str:
