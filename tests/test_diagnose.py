@@ -49,27 +49,6 @@ def test_tree_min_tells_leaf_and_upper_body_nothing_where_bce_does(tree: Hierarc
     assert positive["tree_min"][0]["mean_size"] == pytest.approx(3 * (1 - sigmoid(-1)))
 
 
-def test_violations_are_counted_per_child(tree: Hierarchy) -> None:
-    summary = diagnose(tree)
-    assert {name for name, rate in summary["violations"].items() if rate} == {"upper_body"}
-    assert summary["violations"]["upper_body"] == 1
-    assert summary["violation_rate"] == pytest.approx(1 / len(tree.edges))
-
-
-def test_calibration_by_hand(tree: Hierarchy) -> None:
-    logits = torch.zeros(1, 10, 1, 4)
-    logits[0, 0, 0] = torch.tensor([2.0, 2.0, -2.0, 2.0])
-    labels = torch.tensor([[[0, HEAD, 0, VOID]]])
-    diagnosis = Diagnosis(tree, {})
-    diagnosis.update(logits, labels)
-    background = diagnosis.summary()["calibration"]["background"]
-    high, low = sigmoid(2), sigmoid(-2)
-    assert background["share"] == pytest.approx(2 / 3)
-    assert background["mean_score"] == pytest.approx((2 * high + low) / 3)
-    assert background["bins"] == [pytest.approx([low, 1, 1]), pytest.approx([high, 0.5, 2])]
-    assert background["ECE"] == pytest.approx((abs(low - 1) + abs(2 * high - 1)) / 3)
-
-
 @pytest.mark.slow
 def test_checkpoints_of_a_run_become_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path / "data", train=4, val=1)

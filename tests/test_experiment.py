@@ -34,9 +34,6 @@ def entry(tmp_path: Path, **keys) -> dict:
     return {"name": "bce", "cfg": "configs/quickstart.json", "overrides": overrides, "seeds": [0, 1]} | keys
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_are_valid_and_no_configs(path: Path) -> None:
     assert read_entries(path)
@@ -84,20 +81,13 @@ def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, change: dict, m
         ({"runs": []}, "at least one run"),
         ({"run": []}, "unknown key 'run'"),
         ({}, "is missing the key 'runs'"),
+        ({"runs": [{"name": "a", "cfg": "configs/quickstart.json", "seeds": [0]}] * 2}, "two runs have this name"),
     ],
 )
 def test_mistakes_of_the_whole_file_are_named(tmp_path: Path, content, message: str) -> None:
     (tmp_path / "trial.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_entries(tmp_path / "trial.json")
-
-
-def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="two runs have this name"):
-        read_entries(write_runs(tmp_path, entry(tmp_path), entry(tmp_path)))
-
-
-# ---- the choice on held-out photos -------------------------------------------------------------------------------
 
 
 def searching(tmp_path: Path) -> list[Entry]:
@@ -142,9 +132,6 @@ def test_tries_train_without_a_sixth_and_are_scored_on_it(tmp_path: Path) -> Non
         bce.write_lists()
 
 
-# ---- what is run -------------------------------------------------------------------------------------------------
-
-
 def finished(tmp_path: Path, tree: Hierarchy, **changes) -> Entry:
     """The scores of seed 0 at its last epoch, with some values of scores.json changed."""
     folder = fake_experiment(tmp_path, tree, "trial_bce_seed0", 0.5, evaluation="last")
@@ -161,13 +148,10 @@ def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(t
     own = finished(tmp_path / "a", tree)
     assert [run.scored() is not None for run in own.finals({})] == [True, False]
     assert own.run("seed0", {"decode": "leaf", "seed": 0}).scored() is None
+    with pytest.raises(UserError, match=r"exists with another config \(lr differ\)"):
+        own.finals({"lr": 0.5})[0].scored()
     assert finished(tmp_path / "b", tree, epoch=2).finals({})[0].scored() is None
     assert finished(tmp_path / "c", tree, root_bias={"body": 0.5}).finals({})[0].scored() is None
-
-
-def test_scores_of_another_config_are_not_taken_for_those_of_the_run(tmp_path: Path, tree: Hierarchy) -> None:
-    with pytest.raises(UserError, match=r"exists with another config \(lr differ\)"):
-        finished(tmp_path, tree).finals({"lr": 0.5})[0].scored()
 
 
 def test_a_run_goes_on_from_its_checkpoint_if_there_is_one(tmp_path: Path, tree: Hierarchy) -> None:
@@ -176,28 +160,15 @@ def test_a_run_goes_on_from_its_checkpoint_if_there_is_one(tmp_path: Path, tree:
     assert (evaluate[0], evaluate[-1]) == ("evaluate.py", "--no-pictures")
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["experiment.py", *map(str, arguments)])
-    return tool.main()
-
-
 def test_a_report_holds_what_is_finished_and_counts_the_rest(tmp_path: Path, tree: Hierarchy, monkeypatch) -> None:
-    finished(tmp_path, tree)
-    run_tool(monkeypatch, tmp_path / "trial.json", "--only-report", "--out", tmp_path / "docs")
-    text = (tmp_path / "docs" / "experiments.md").read_text()
-    assert "1 runs are not finished." in text
-    assert "trial_bce_seed0" in text
-    assert json.loads((tmp_path / "docs" / "experiments.json").read_text())["groups"][0]["seeds"] == [0]
-
-
-def test_nothing_finished_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_runs(tmp_path, entry(tmp_path))
+    monkeypatch.setattr("sys.argv", ["experiment.py", str(path), "--only-report", "--out", str(tmp_path / "docs")])
     with pytest.raises(UserError, match="no run is finished"):
-        run_tool(monkeypatch, path, "--only-report", "--out", tmp_path / "docs")
-    assert not (tmp_path / "docs").exists()
-
-
-# ---- real runs ---------------------------------------------------------------------------------------------------
+        tool.main()
+    finished(tmp_path, tree)
+    tool.main()
+    assert "1 runs are not finished." in (tmp_path / "docs" / "experiments.md").read_text()
+    assert json.loads((tmp_path / "docs" / "experiments.json").read_text())["groups"][0]["seeds"] == [0]
 
 
 def start(path: Path, *options: str) -> subprocess.Popen:
