@@ -98,7 +98,12 @@ def newest_valid(folder: Path, say=print) -> Path | None:
 
 def newer_than(state: dict, folder: Path) -> list[Path]:
     """The whole checkpoints of a folder that hold more training than `state`, the newest first."""
-    return [path for path in _newest_first(folder) if _is_newer(path, state)]
+    newer = []
+    for path in _newest_first(folder):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # no run can go on from such a one
+            if _batches_done(load_checkpoint(path)) > _batches_done(state):
+                newer.append(path)
+    return newer
 
 
 def keep_newest(folder: Path, keep: int) -> None:
@@ -147,12 +152,9 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (path.name == "last.pt", path.stat().st_mtime_ns), reverse=True)
 
 
-def _is_newer(path: Path, state: dict) -> bool:
-    try:
-        other = load_checkpoint(path)
-        return (other["epoch"], other["batch"] * other["world"]) > (state["epoch"], state["batch"] * state["world"])
-    except (UserError, KeyError, TypeError):  # no run can go on from it
-        return False
+def _batches_done(state: dict) -> tuple[int, int]:
+    """Epochs, and batches of the next one over all processes."""
+    return state["epoch"], state["batch"] * state["world"]
 
 
 def _others(path: Path) -> str:

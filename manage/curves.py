@@ -14,7 +14,7 @@ from utils.files import write_whole
 
 LINES = "metrics.jsonl"
 LAYOUT = {"training": {"loss": ["Multiline", ["loss_train", "loss_val"]], "mIoU": ["Multiline", [r"^mIoU\d+$"]]}}
-FIRST = ("criterion", "encoder", "lr", "seed", "decode")  # in the table of HParams
+FIRST = ("criterion", "decode", "encoder", "lr", "seed")
 _PLACES = {"exp_name", "root_dir", "root_data_dir", "device", "num_workers"}  # say nothing there
 
 
@@ -42,9 +42,7 @@ class Curves:
 
     def hparams(self, config: Config, curves: Sequence[str]) -> None:
         """What tells runs apart against the last value of these curves, in TensorBoard's HParams tab."""
-        values, changed = config.to_dict(), differences(config, Config())
-        shown = {key: values[key] for key in (*FIRST, *(key for key in changed if key not in _PLACES))}
-        plain = {k: v if type(v) in (int, float, str) else str(v) for k, v in shown.items()}  # True is no number there
+        plain = {k: v if type(v) in (int, float, str) else str(v) for k, v in what_tells_apart(config).items()}
         for summary in summarise_hparams(plain, dict.fromkeys(curves, 0.0)):
             self._try(lambda summary=summary: self.writer.file_writer.add_summary(summary))
 
@@ -88,6 +86,16 @@ class Curves:
             if not self.is_silent:
                 print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
             self.is_silent = True
+
+
+def what_tells_apart(config: Config) -> dict:
+    """What the table of HParams shows of a config: five keys always, and those that differ from the defaults.
+
+    TensorBoard sorts by name and shows five columns at first, so these five begin with a space.
+    """
+    values, changed = config.to_dict(), differences(config, Config())
+    others = {key: values[key] for key in changed if key not in _PLACES and key not in FIRST}
+    return {f" {key}": values[key] for key in FIRST} | others
 
 
 def _epoch_of(line: str) -> float:

@@ -49,6 +49,16 @@ class Learner:
             ids = [device.index] if device.type == "cuda" else None
             self.trained = DistributedDataParallel(self.trained, device_ids=ids)
 
+    def check_batch(self, size: int) -> None:
+        """Raises: UserError where a batch of so many crops leaves BatchNorm nothing to average."""
+        crop, stride = self.config.crop_size, self.network.stride
+        if size * (crop // stride) ** 2 < 2 and not self.config.freeze_batchnorm:
+            raise UserError(
+                f"keys 'batch_size' {size} and 'crop_size' {crop} leave one value a channel at the network's coarsest "
+                f"stage (stride {stride}), of which BatchNorm has no deviation; raise one of them, or set "
+                "freeze_batchnorm"
+            )
+
     def start(self) -> None:
         """Takes the weights that a training starts from. Raises: UserError when they cannot be had."""
         load_start_weights(self.network, self.hierarchy, self.config, say)

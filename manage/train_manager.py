@@ -77,7 +77,7 @@ class TrainManager:
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
         self.learner = Learner(config, self.hierarchy, self.encoding, self.device)
         self.loader.views.show_outside(self.learner.network.input_mean)
-        self._check_batchnorm()
+        self.learner.check_batch(self.batches.batch_size)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
         self.loss_steps, self.seconds = 0, 0.0
@@ -90,15 +90,6 @@ class TrainManager:
         self.signal: int | None = None  # what this process was told
         self.stopped_by: int | None = None  # what one of all processes was told, once all know
         self.lock, self.report = None, TrainingReport(config, self.hierarchy, self.device)
-
-    def _check_batchnorm(self) -> None:
-        config, size, stride = self.config, self.batches.batch_size, self.learner.network.stride
-        if size * (config.crop_size // stride) ** 2 < 2 and not config.freeze_batchnorm:
-            raise UserError(
-                f"keys 'batch_size' {size} and 'crop_size' {config.crop_size} leave one value a channel at the "
-                f"network's coarsest stage (stride {stride}), of which BatchNorm has no deviation; raise one of them, "
-                "or set freeze_batchnorm"
-            )
 
     # --- opening ---
     def _open(self, resume: str | None, overwrite: bool, take_over: bool) -> None:
@@ -337,8 +328,8 @@ class TrainManager:
             if not step.is_fine():
                 self.is_whole = False
                 raise UserError(self._not_finite(step, loss, norm))
+            self.newest_loss = loss
             if step.number % self.config.log_every == 0:
-                self.newest_loss = loss
                 self.report.curves.scalars({"loss": loss, "lr": step.lr}, step.number)
 
     def _not_finite(self, step: Step, loss: float, norm: float) -> str:

@@ -11,6 +11,7 @@ import torch
 import models.hseg
 from configs.config import Config
 from manage.checkpoint import load_checkpoint
+from manage.curves import what_tells_apart
 from manage.train_manager import TrainManager
 from tests.factory import TINY, curves, make_data, records, run, write_config
 from tests.kill import before_step
@@ -168,3 +169,9 @@ def test_a_run_that_finds_background_alone_says_so_with_usual_causes(manager, ca
     assert output.count("warning: not one pixel of a part is found, all is background. Usual causes: ") == 2
     assert "epoch 2/2  loss_train " in output
     assert "done, best in epoch 1: mIoU1 0.0 %; all is in" in output
+
+
+def test_the_table_of_hparams_shows_five_keys_first_and_then_what_differs():
+    shown = what_tells_apart(Config(exp_name="mine", lr=0.5, batch_size=4, root_data_dir="elsewhere"))
+    assert sorted(shown) == [" criterion", " decode", " encoder", " lr", " seed", "batch_size"]
+    assert (shown[" lr"], shown["batch_size"]) == (0.5, 4)
