@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from configs.config import DECODE_RULES, differences, load_config
-from manage.checkpoint import load_checkpoint
+from manage.checkpoint import load_checkpoint, pack
 from manage.predictor import Predictor
 from tests.test_predict import SLIM, write_checkpoint
 from tools import fit_decode
 from tools.fit_decode import Pixels, best_by_root, count, decide, fit, sweep, value
 from utils.decode import DECODERS
 from utils.errors import UserError
+from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 
 REPO = Path(__file__).resolve().parents[1]
@@ -85,7 +86,9 @@ def config(sample_data, tmp_path, tree) -> Path:
     (tmp_path / "x.json").write_text(json.dumps(values))
     folder = tmp_path / "experiments" / "x" / "models_checkpoints"
     folder.mkdir(parents=True)
-    write_checkpoint(folder / "best.pt", tree)
+    state = load_checkpoint(write_checkpoint(folder / "best.pt", tree))
+    state["model"]["segmentation_head.bias"][1:] -= 6  # it never sees a body, but for an offset
+    write_whole(pack(state), folder / "best.pt")
     return tmp_path / "x.json"
 
 
@@ -109,6 +112,13 @@ def test_a_copy_of_the_checkpoint_carries_the_offset(config, tmp_path, monkeypat
     assert load_config(config, [override]).root_bias == saved["root_bias"]
     with pytest.raises(UserError, match="exists already; give --overwrite"):
         run(monkeypatch, "--cfg", config, "--decode", "prob_sum")
+
+
+def test_without_a_gain_nothing_is_written_and_it_is_said(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit_decode, "fit", lambda *_: [0.0, -9.0])
+    run(monkeypatch, "--cfg", config)
+    assert "no gain on photos that were not fitted: nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "experiments" / "x" / "models_checkpoints" / "fitted").exists()
 
 
 def test_the_command_to_score_it_gives_the_same_config(config, tmp_path, monkeypatch, capsys):

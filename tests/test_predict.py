@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from configs.config import config_from_dict
-from manage.checkpoint import load_checkpoint, pack
+from manage.checkpoint import find_model, load_checkpoint, pack
 from manage.inference import photo_logits
 from manage.predictor import Predictor
 from models.hseg import HSEG
@@ -186,8 +186,9 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, predictor):
+def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, predictor, capsys):
     assert run(photos, "--scores") == 0
+    assert "skipped in folders: 1 .txt, 1 hidden" in capsys.readouterr().out
     out = tmp_path / "out"
     assert [line["name"] for line in lines(out)] == ["a", "deep/a"]
     expected = predictor(Image.open(photos / "a.png"))
@@ -200,6 +201,39 @@ def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, pre
     assert list(scores["names"]) == list(predictor.hierarchy.names)
     with Image.open(out / "overlay" / "a.jpg") as overlay:
         assert overlay.height > 34  # the legend stands below
+
+
+def test_photos_of_other_known_kinds_are_found(run, tmp_path, predictor):
+    for name in ("a.tif", "b.GIF"):
+        noise(40, 34).save(tmp_path / name)
+    assert run(tmp_path) == 0
+    assert [line["name"] for line in lines(tmp_path / "out")] == ["a", "b"]
+    expected = predictor(noise(40, 34)).leaves
+    assert np.array_equal(read_labels(tmp_path / "out" / "level1_parts" / "a.png"), expected)
+
+
+def test_an_experiment_is_named_by_its_folder(checkpoint, tmp_path):
+    (tmp_path / "x" / "models_checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, tmp_path / "x" / "models_checkpoints" / "best.pt")
+    assert find_model(str(tmp_path / "x"), REPO) == tmp_path / "x" / "models_checkpoints" / "best.pt"
+
+
+def test_spoilt_weights_stop_it_with_the_photos_path(checkpoint, photos, tmp_path, monkeypatch):
+    state = load_checkpoint(checkpoint)
+    state["model"]["segmentation_head.bias"][0] = torch.nan
+    write_whole(pack(state), tmp_path / "nan.pt")
+    words = ["predict.py", str(photos), "--checkpoint", str(tmp_path / "nan.pt"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
+    with pytest.raises(UserError, match=r"photo '.*a.png': the network's logits are not finite"):
+        predict.main()
+
+
+def test_an_overlay_is_drawn_on_the_photo_at_its_own_size(tmp_path, tree):
+    predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=32), "cpu")
+    noise(90, 60).save(tmp_path / "a.png")
+    result = predictor.predict_file(tmp_path / "a.png", keep_logits=False)
+    assert np.array_equal(np.asarray(result.photo), np.asarray(noise(90, 60)))
+    assert result.logits is None
 
 
 def test_an_unreadable_photo_is_named_and_the_rest_done(run, photos, tmp_path, capsys):

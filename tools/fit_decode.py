@@ -9,8 +9,9 @@ quarter says whether the gain holds on photos that were not fitted. (The network
 on val; only evaluate.py can tell.)
 
 It prints the offset as an override, and writes a copy of the checkpoint with the rule and the offset in its config to
-<folder of the checkpoint>/fitted/<checkpoint>_<rule>.pt; predict.py and export.py use what stands there. The
-checkpoint itself is left as it is. Only differences between roots count: the first root keeps 0.
+<folder of the checkpoint>/fitted/<checkpoint>_<rule>.pt; evaluate.py, predict.py and export.py use what stands there.
+Where nothing is gained on the photos that were not fitted, it says so and writes nothing. The checkpoint itself is left
+as it is. Only differences between roots count: the first root keeps 0.
 """
 
 import argparse
@@ -29,12 +30,13 @@ import utils  # noqa: F401 - before torch
 import torch
 from torch import Tensor
 
-from configs.config import DECODE_RULES, Config, load_config
+from configs.config import DECODE_RULES, Config, load_config, parse_overrides
 from manage import distributed
 from manage.checkpoint import find_checkpoint, load_checkpoint, pack
 from manage.data import Tolerance, check_data, read_split, val_loader
 from manage.evaluation_manager import predictions
 from manage.network import check_same_network, load_hierarchy, restore_network
+from manage.predictor import Decoding
 from utils.cli import progress, run_main
 from utils.decode import leaf_scores
 from utils.errors import UserError
@@ -176,7 +178,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", metavar="F", help="config of the training (default: that of config.py)")
     parser.add_argument("--checkpoint", default="best", metavar="C", help="best (default), last, or a path")
-    parser.add_argument("--decode", choices=DECODE_RULES, help="the rule to fit (default: the config's)")
+    parser.add_argument("--decode", choices=DECODE_RULES, help="the rule to fit (default: the checkpoint's own)")
     parser.add_argument("--target", default="mIoU1", help="score to maximise (default mIoU1)")
     parser.add_argument("--photos", type=int, default=200, metavar="N", help="train photos to use (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of photos and pixels (default 0)")
@@ -194,13 +196,14 @@ def check_target(target: str, h: Hierarchy) -> None:
         raise UserError(f"the tree {h.name!r} has one root, so an offset per root changes nothing")
 
 
-def report(name: str, pixels: Pixels, bias: Tensor, target: str, h: Hierarchy) -> None:
+def report(name: str, pixels: Pixels, bias: Tensor, target: str, h: Hierarchy) -> bool:
+    """Prints the target without and with the offset; whether it gains."""
     before, after = (
         value(count(pixels.labels, decide(pixels, offsets), h.num_nodes), target, h)
         for offsets in (torch.zeros_like(bias), bias)
     )
-    verdict = "" if after > before else "   no gain"
-    print(f"{target} on {name}: {100 * before:.2f} -> {100 * after:.2f}{verdict}")
+    print(f"{target} on {name}: {100 * before:.2f} -> {100 * after:.2f}{'' if after > before else ', no gain'}")
+    return after > before
 
 
 def evaluation_command(arguments: argparse.Namespace, checkpoint: Path, rule: str, bias: dict[str, float]) -> str:
@@ -216,17 +219,17 @@ def main() -> None:
     config = load_config(arguments.cfg, arguments.overrides)
     hierarchy = load_hierarchy(config)
     check_target(arguments.target, hierarchy)
-    rule = arguments.decode or config.decode_rule
     path = find_checkpoint(arguments.checkpoint, config.checkpoints_dir, config.root)
+    state = load_checkpoint(path)
+    trained_with, _, network = restore_network(state, str(path))
+    rule = Decoding.of(trained_with, arguments.decode or parse_overrides(arguments.overrides).get("decode")).rule
     fitted = path.parent / "fitted" / f"{path.stem}_{rule}.pt"  # not beside it, where a resume looks for checkpoints
     if fitted.exists() and not arguments.overwrite:
         raise UserError(f"{fitted} exists already; give --overwrite to fit again")
-    state = load_checkpoint(path)
     check_same_network(config, hierarchy, state, str(path))
     check_data(config, hierarchy)
     ids = choose_ids(config, arguments.photos, arguments.seed)
     device = distributed.choose_device(config.device)
-    trained_with, _, network = restore_network(state, str(path))
     config.short_side = trained_with.short_side
     loader, tolerance = val_loader(config, hierarchy, ids), Tolerance(config.skip_unreadable, ids)
     with torch.inference_mode(), progress(total=len(loader), desc="predict", unit="photo") as bar:
@@ -240,10 +243,12 @@ def main() -> None:
     named = {hierarchy.names[root]: offset for root, offset in zip(hierarchy.roots, offsets, strict=True) if offset}
     report(f"the {split} train photos that were fitted", used, torch.tensor(offsets), arguments.target, hierarchy)
     held = len(parts) - split
-    report(f"{held} other train photos", held_out, torch.tensor(offsets), arguments.target, hierarchy)
+    gains = report(f"{held} other train photos", held_out, torch.tensor(offsets), arguments.target, hierarchy)
     if max(map(abs, offsets)) >= HALF_GRID * STEPS.get(rule, LOGIT_STEP) - 1e-6:
         print("warning: an offset lies at the edge of the range that was searched; the scores may not be trained yet")
-
+    if not gains:
+        print("no gain on photos that were not fitted: nothing was written, decode as before")
+        return
     state["config"] |= {"decode": rule, "root_bias": named}
     try:
         fitted.parent.mkdir(exist_ok=True)

@@ -1,10 +1,10 @@
 """Predicts photos with a checkpoint, which is all that it needs.
 
-    python tools/predict.py photo.jpg --checkpoint experiments/quickstart/models_checkpoints/best.pt
-    python tools/predict.py holidays/ 'more/**/*.png' --checkpoint best.pt --out predicted --scores --tta
+    python tools/predict.py photo.jpg --checkpoint quickstart     # an experiment by its name or folder: its best
+    python tools/predict.py holidays/ 'more/**/*.png' --checkpoint best.pt --out predicted --scores --tta flip
 
-PATH is a photo, a folder (searched with all folders in it for .jpg, .jpeg, .png, .bmp, .webp; hidden files are left
-out) or a glob. Photos of any size and mode. It writes
+PATH is a photo, a folder (searched with all folders in it; what is no photo there is skipped, and said) or a glob.
+Photos of any size and mode. --checkpoint may also be a folder that tools/export.py wrote. It writes
 
     <out>/level1_<name>/<photo>.png    node ids of each level, as a PNG in the tree's colours
     <out>/overlay/<photo>.jpg          the photo with its leaves laid over it, and a legend
@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,11 +40,13 @@ from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.images import PHOTO_SUFFIXES, write_indexed
 
+SUFFIXES = (*PHOTO_SUFFIXES, ".tif", ".tiff", ".jfif", ".gif", ".ppm", ".pgm", ".jp2", ".tga")
+
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="photos, folders, globs")
-    parser.add_argument("--checkpoint", required=True, metavar="F", help="a .pt file written by train.py")
+    parser.add_argument("--checkpoint", required=True, metavar="F", help="a .pt file, an experiment or an export")
     parser.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="D", help="%(default)s")
     parser.add_argument("--scores", action="store_true", help="save the score map of every node too")
     parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")
@@ -60,24 +63,31 @@ def find_photos(paths: Sequence[str], out: Path) -> list[Path]:
     Raises: UserError for a path that names nothing.
     """
     found: dict[Path, None] = {}
+    skipped: Counter[str] = Counter()
     for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        photos = [photo for match in matches for photo in _photos_of(Path(os.path.abspath(match)))]
+        photos = [photo for match in matches for photo in _photos_of(Path(os.path.abspath(match)), skipped)]
         if not photos:
             what = "holds no photo" if Path(path).is_dir() else "no such photo or folder, and no glob that matches one"
-            raise UserError(f"{path}: {what} (photos end in {', '.join(PHOTO_SUFFIXES)})")
+            raise UserError(f"{path}: {what} (photos end in {', '.join(SUFFIXES)})")
         found |= dict.fromkeys(photos)
     outside = [photo for photo in found if not photo.is_relative_to(os.path.abspath(out))]
     if not outside:
         raise UserError(f"all photos lie in {out}, where predictions are written; choose another --out")
+    if skipped:
+        print("skipped in folders: " + ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items())))
     return outside
 
 
-def _photos_of(path: Path) -> list[Path]:
+def _photos_of(path: Path, skipped: Counter[str]) -> list[Path]:
+    """Photos in a folder; counts what else is there by its suffix."""
     if not path.is_dir():
         return [path]
-    inside = (photo for photo in path.rglob("*") if photo.suffix.lower() in PHOTO_SUFFIXES)
-    return sorted(photo for photo in inside if photo.is_file() and not photo.name.startswith("."))
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    photos = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    others = set(files).difference(photos)
+    skipped.update("hidden" if file.name.startswith(".") else file.suffix or "without a suffix" for file in others)
+    return photos
 
 
 def output_names(photos: Sequence[Path]) -> list[str]:
