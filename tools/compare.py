@@ -92,13 +92,8 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
             f"{1 - CONFIDENCE:.2f} after it was adjusted for the {len(comparison.differences)} comparisons that were "
             "made (Holm)."
         )
-        blocks += [Heading("Differences"), Items([d.sentence for d in comparison.from_baseline])]
-        blocks += [
-            *draw_differences(comparison, path),
-            difference_table(comparison),
-            Items([method]),
-            *all_pairs(comparison),
-        ]
+        blocks += [Heading("Differences"), *draw_differences(comparison, path), difference_table(comparison)]
+        blocks += [Items([method]), *all_pairs(comparison)]
     if len(comparison.groups) > 1:
         blocks += side_by_side(comparison, path)
     for level, name in enumerate(comparison.hierarchy.level_names):
@@ -321,7 +316,7 @@ h1, h2 {{ font-weight: 600; line-height: 1.2; }} h2 {{ margin: 2.2rem 0 .6rem; f
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }}
 th {{ color: #555; font-weight: 600; }} th:first-child, td:first-child {{ text-align: left; }}
 tbody tr:hover {{ background: #f6f8fa; }} .better {{ color: #00704f; }} .worse {{ color: #b34700; }}
-img {{ max-width: 100%; height: auto; }} li {{ margin: .2rem 0; max-width: 60rem; }}
+img {{ max-width: 100%; height: auto; }} li {{ margin: .2rem 0; }}
 </style>
 </head>
 <body>

@@ -44,12 +44,13 @@ def main() -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file of runs")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     parser.add_argument("--out", type=Path, metavar="D", help="where the report goes (outputs/<name of FILE>)")
+    parser.add_argument("--take-over", action="store_true", help="take the locks of another host, which must be gone")
     parser.add_argument("--only-report", action="store_true", help="run nothing, report on what is finished")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs}: expected at least 1")
     entries = read_entries(arguments.file)
-    faults = [] if arguments.only_report else run_all(arguments.file, entries, arguments.jobs)
+    faults = [] if arguments.only_report else run_all(arguments, entries)
     write_results(arguments.file, entries, arguments.out or Path("outputs") / arguments.file.stem)
     return 1 if faults else 0
 
@@ -68,26 +69,26 @@ def final_runs(entries: Sequence[Entry]) -> list[Run]:
     return [run for same_seed in itertools.zip_longest(*runs) for run in same_seed if run is not None]
 
 
-def run_all(file: Path, entries: Sequence[Entry], jobs: int) -> list[str]:
+def run_all(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[str]:
     """First what the choices need, then the final runs. Returns what went wrong."""
-    logs = entries[0].run("logs", {}).config.root / "experiments" / "logs" / file.stem
+    logs = entries[0].run("logs", {}).config.root / "experiments" / "logs" / arguments.file.stem
     try:
         logs.mkdir(parents=True, exist_ok=True)
         lock = Lock(logs)
-        lock.take()  # one runner at a time for a file of runs
+        lock.take(arguments.take_over)  # one runner at a time for a file of runs
         for entry in entries:
             entry.write_lists()
     except OSError as error:
         raise UserError(f"{error.filename or logs}: cannot be written ({error.strerror})") from None
     try:
-        faults = run_open([run for entry in entries for run in entry.tries()], jobs, logs)
-        return faults + run_open(final_runs(entries), jobs, logs)
+        faults = run_open([run for entry in entries for run in entry.tries()], arguments, logs)
+        return faults + run_open(final_runs(entries), arguments, logs)
     finally:
         lock.release()
 
 
-def run_open(runs: Sequence[Run], jobs: int, logs: Path) -> list[str]:
-    """Runs what is not finished, `jobs` at a time. Returns a line for each run that failed.
+def run_open(runs: Sequence[Run], arguments: argparse.Namespace, logs: Path) -> list[str]:
+    """Runs what is not finished, so many jobs at a time. Returns a line for each run that failed.
 
     Raises: SystemExit when told to stop, after the trainings have saved.
     """
@@ -98,8 +99,8 @@ def run_open(runs: Sequence[Run], jobs: int, logs: Path) -> list[str]:
     passed_on = 0
     try:
         while active or (waiting and not told):
-            while waiting and len(active) < jobs and not told:
-                active.append(Job(waiting.pop(0), max(1, cores() // jobs), logs))
+            while waiting and len(active) < arguments.jobs and not told:
+                active.append(Job(waiting.pop(0), max(1, cores() // arguments.jobs), logs, arguments.take_over))
             for job in active if len(told) > passed_on else []:
                 job.stop()
             passed_on = len(told)
@@ -125,11 +126,12 @@ def run_open(runs: Sequence[Run], jobs: int, logs: Path) -> list[str]:
 class Job:
     """One run: its training, then its evaluation, each in a process that writes into a log."""
 
-    def __init__(self, run: Run, threads: int, logs: Path) -> None:
+    def __init__(self, run: Run, threads: int, logs: Path, take_over: bool = False) -> None:
         self.run, self.log, self.process = run, logs / f"{run.name}.log", None
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # waiting threads sleep: utils/__init__.py
         scoring = ("--checkpoint", "last", "--decode", "all", "--no-pictures")
-        self.commands = [["train.py", *run.arguments, "--resume", "auto"], ["evaluate.py", *run.arguments, *scoring]]
+        resuming = ("--resume", "auto", *(["--take-over"] if take_over else []))
+        self.commands = [["train.py", *run.arguments, *resuming], ["evaluate.py", *run.arguments, *scoring]]
 
     def advance(self) -> int | None:
         """Starts what comes next; returns the exit status once there is nothing more, or something failed."""
