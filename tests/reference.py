@@ -245,3 +245,22 @@ def violation_rate(logits: Tensor, labels: Tensor, h: Hierarchy) -> float | None
                 pairs += 1
                 violated += bool(logits[b, child, i, j] > 0 >= logits[b, parent, i, j])
     return violated / pairs if pairs else None
+
+
+def mistake_severity(leaf: Tensor, labels: Tensor, h: Hierarchy) -> float | None:
+    heights = []
+    for b, i, j in pixels(labels):
+        label, answer = int(labels[b, i, j]), int(leaf[b, i, j])
+        if label != h.ignore_index and label not in ancestors(answer, h):
+            shared = [v for v in ancestors(label, h) if v in ancestors(answer, h)]
+            heights.append(height(shared[0], h) if shared else 1 + max(height(v, h) for v in h.roots))
+    return mean(heights)
+
+
+def calibration_error(sure: list[float], right: list[bool], bins: int) -> float | None:
+    """Expected calibration error: how far a bin's probabilities are from its share of right ones, over pixels."""
+    by_bin: dict[int, list[int]] = {}
+    for pixel, p in enumerate(sure):
+        by_bin.setdefault(min(int(p * bins), bins - 1), []).append(pixel)
+    far = sum(abs(sum(sure[k] - right[k] for k in members)) for members in by_bin.values())
+    return far / len(sure) if sure else None

@@ -183,7 +183,7 @@ def test_the_good_tree_of_these_cases_loads() -> None:
 def test_duplicate_json_keys_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tree.json"
     path.write_text(json.dumps(GOOD).replace('"name": "b"', '"name": "x", "name": "b"'))
-    with pytest.raises(UserError, match=r"'name' is given twice in .*'b'"):
+    with pytest.raises(UserError, match=r"tree\.json: the key 'name' stands twice in .*'b'"):
         Hierarchy.load(path)
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

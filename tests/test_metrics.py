@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests import reference
+from utils.decode import probabilities
 from utils.hierarchy import Hierarchy
-from utils.metrics import LevelScores, confusion
+from utils.metrics import BINS, LevelScores, confusion
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 VOID = 255
@@ -124,6 +125,53 @@ def test_violations_by_hand(h: Hierarchy) -> None:
     meter = LevelScores(h)
     meter.update(torch.zeros(1, 1, 3).int(), torch.tensor([[[0, 0, VOID]]]), logits)
     assert meter.compute()["violation_rate"] == 2 / (2 * 8)
+
+
+def test_a_mistake_is_as_severe_as_label_and_answer_meet_high(h: Hierarchy) -> None:
+    head, torso, leg, upper = 4, 2, 5, 8
+    assert scored([torso], [head], h)["mistake_severity"] == 1  # they meet at upper_body
+    assert scored([leg], [head], h)["mistake_severity"] == 2  # at body
+    assert scored([0], [head], h)["mistake_severity"] == 3  # above all roots
+    assert scored([leg, head, 0], [upper, upper, 0], h)["mistake_severity"] == 2  # a head is no mistake for upper_body
+    assert scored([head, 0], [upper, VOID], h)["mistake_severity"] is None
+
+
+def test_calibration_errors_by_hand(h: Hierarchy) -> None:
+    """Four heads answered at 0.9, three of them right; body at 0.75 on all four, right on all."""
+    logits = torch.full((1, 10, 1, 5), -20.0)
+    logits[0, 4] = torch.tensor(0.9).logit()
+    logits[0, 7] = torch.tensor(0.75).logit()
+    meter = LevelScores(h)
+    meter.update(torch.full((1, 1, 5), 4), torch.tensor([[[4, 4, 4, 2, 8]]]), logits)  # the last tells of no leaf
+    scores = meter.compute()
+    assert scores["ECE_leaf"] == pytest.approx(0.9 - 0.75, abs=1e-4)
+    assert scores["ECE_body"] == pytest.approx(0.25, abs=1e-4)
+    assert scores["ECE_background"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["logit_sum", "mass", "level_sum"])
+def test_severity_and_calibration_equal_the_loops(rule: str) -> None:
+    h = Hierarchy.load(TREES / "synthetic_deep.json")
+    leaf, labels, logits = maps(h, 3, 2, 12, 12)
+    meter = LevelScores(h, own_rule=rule)
+    meter.update(leaf, labels, logits)
+    scores, p = meter.compute(), probabilities(rule, logits, h)
+    assert scores["mistake_severity"] == pytest.approx(reference.mistake_severity(leaf, labels, h))
+    assert ((p >= 0) & (p <= 1)).all()
+    if rule == "mass":
+        torch.testing.assert_close(p[:, list(h.roots)].sum(1), torch.ones(2, 12, 12))
+    leaf = leaf.long()
+    known = [(pixel, int(labels[pixel])) for pixel in reference.pixels(labels) if labels[pixel] != VOID]
+    fine = [(b, i, j, label) for (b, i, j), label in known if label in h.leaves]
+    sure, right = (
+        [p[b, leaf[b, i, j], i, j].item() for b, i, j, _ in fine],
+        [bool(leaf[b, i, j] == v) for b, i, j, v in fine],
+    )
+    assert scores["ECE_leaf"] == pytest.approx(reference.calibration_error(sure, right, BINS), abs=1e-4)
+    for root in h.roots:
+        sure = [p[b, root, i, j].item() for (b, i, j), _ in known]
+        right = [root in reference.ancestors(label, h) for _, label in known]
+        assert scores[f"ECE_{h.names[root]}"] == pytest.approx(reference.calibration_error(sure, right, BINS), abs=1e-4)
 
 
 def test_two_meters_summed_equal_one_over_both(h: Hierarchy) -> None:

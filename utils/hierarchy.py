@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import read_json
+from utils.tree_file import checked_nodes, is_int, is_text
 
 TAKEN_FOLDERS = ("overlay", "report", "scores")  # beside those of the levels
-TREE_KEYS = {"name", "ignore_index", "levels", "nodes"}
-NODE_KEYS = {"id", "name", "parent", "colour", "background", "mirror"}
 MAX_LABEL = 65535  # a mask is a PNG of 8 or 16 bits
 _RIGHT = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
 _SIDES = re.compile(r"left|Left|LEFT|(?<![A-Za-z])[lL](?![A-Za-z])")
@@ -74,26 +74,13 @@ class Hierarchy:
 
     @classmethod
     def load(cls, path: str | Path) -> "Hierarchy":
-        """Reads a tree file. Raises: UserError for a file that is missing, not JSON, or not a tree."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            tree = json.loads(text, object_pairs_hook=lambda pairs: _no_duplicates(pairs, str(path)))
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the tree file ({error.strerror}); check the path") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
-        return cls.from_dict(tree, source=str(path))
+        """Reads a tree file. Raises: UserError for a file that is missing, not strict JSON, or not a tree."""
+        return cls.from_dict(read_json(path), source=str(path))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], source: str = "tree") -> "Hierarchy":
         """The inverse of `to_dict`. Raises: UserError, as `load`."""
-        _check_keys(tree, TREE_KEYS, TREE_KEYS, source)
-        nodes = tree["nodes"]
-        if not isinstance(nodes, list) or not nodes:
-            raise UserError(f"{source}: 'nodes' must be a list with at least one node")
-        for position, node in enumerate(nodes):
-            _check_node(node, f"{source}: nodes[{position}]")
-        nodes = _in_id_order(nodes, source)
+        nodes = checked_nodes(tree, source)
         return cls(
             name=tree["name"],
             names=[node["name"] for node in nodes],
@@ -295,17 +282,17 @@ class Hierarchy:
 
     def _check(self, source: str) -> None:
         """What one node alone cannot show."""
-        if not _is_text(self.name):
+        if not is_text(self.name):
             raise UserError(f"{source}: 'name' must be a non-empty text, not {self.name!r}")
         for name in self.level_names:  # they name folders of pictures
-            if not _is_text(name) or name.startswith(".") or any(c in name for c in "/\\:"):
+            if not is_text(name) or name.startswith(".") or any(c in name for c in "/\\:"):
                 raise UserError(
                     f"{source}: 'levels' holds {name!r}; a level's name is a text without / \\ : or a first dot"
                 )
             if name.lower() in TAKEN_FOLDERS:
                 raise UserError(f"{source}: 'levels' holds {name!r}, a folder of other pictures; choose another name")
         ignore = self.ignore_index
-        if not _is_int(ignore) or not self.num_nodes <= ignore <= MAX_LABEL:
+        if not is_int(ignore) or not self.num_nodes <= ignore <= MAX_LABEL:
             raise UserError(
                 f"{source}: 'ignore_index' is {ignore!r}; it must be an integer from {self.num_nodes} "
                 f"(the number of nodes) to {MAX_LABEL}, usually 255"
@@ -380,72 +367,3 @@ def _mirror_table(
                 "swap stand below one parent, or below two that swap"
             )
     return None if table == list(range(len(names))) else tuple(table)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            node = dict(pairs).get("name", "?")
-            raise UserError(f"{source}: the key {key!r} is given twice in the object named {node!r}; keep one")
-    return dict(pairs)
-
-
-def _check_keys(record: Any, allowed: set[str], required: set[str], where: str) -> None:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {record!r}")
-    if unknown := sorted(set(record) - allowed):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(allowed))}")
-    if missing := sorted(required - set(record)):
-        raise UserError(f"{where}: the key {missing[0]!r} is missing")
-
-
-def _check_node(node: Any, where: str) -> None:
-    """What one node alone can show."""
-    _check_keys(node, NODE_KEYS, NODE_KEYS - {"background", "mirror"}, where)
-    where = f"{where}, id {node['id']!r}, name {node['name']!r}"
-    if not _is_int(node["id"]):
-        raise UserError(f"{where}: 'id' must be an integer")
-    if not _is_text(node["name"]):
-        raise UserError(f"{where}: 'name' must be a non-empty text of printable characters")
-    if node["parent"] is not None and not _is_int(node["parent"]):
-        raise UserError(f"{where}: 'parent' is {node['parent']!r}; it must be the id of a node, or null for a root")
-    colour = node["colour"]
-    if not isinstance(colour, list) or len(colour) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in colour):
-        raise UserError(f"{where}: 'colour' is {colour!r}; it must be [red, green, blue], integers from 0 to 255")
-    if not isinstance(node.get("background", False), bool):
-        raise UserError(f"{where}: 'background' must be true or false")
-    if node.get("mirror") is not None and not _is_text(node["mirror"]):
-        raise UserError(f"{where}: 'mirror' must be the name of a node")
-
-
-def _in_id_order(nodes: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Sorted by id. Raises: UserError for duplicate ids, gaps and unknown parents."""
-    by_id: dict[int, dict[str, Any]] = {}
-    for node in nodes:
-        if node["id"] in by_id:
-            raise UserError(
-                f"{source}: id {node['id']} is given to both {by_id[node['id']]['name']!r} and {node['name']!r}"
-            )
-        by_id[node["id"]] = node
-    for v in range(len(nodes)):
-        if v not in by_id:
-            highest = max(by_id, key=abs)
-            raise UserError(
-                f"{source}: ids must be 0 to {len(nodes) - 1} without gaps; {v} is missing, while node "
-                f"{highest} ({by_id[highest]['name']}) lies outside"
-            )
-    for node in nodes:
-        if node["parent"] is not None and node["parent"] not in by_id:
-            raise UserError(
-                f"{source}: node {node['id']} ({node['name']}) has the parent {node['parent']}, which is no node's id"
-            )
-    return [by_id[v] for v in range(len(nodes))]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,11 +1,16 @@
 """Scores at every level, from one confusion matrix: count over the data set, divide once at the end.
 
     meter = LevelScores(h, device)
-    meter.update(leaf, labels, logits)          # nothing leaves the device
+    meter.update(leaf, labels, logits)  # nothing leaves the device
     scores = meter.compute()                    # {"mIoU1": .., "mIoU1_with_background": .., "levels": [..], ..}
 
 The matrix counts (label, predicted leaf) pairs. Rows are any node, so that a pixel labelled at an inner node
 counts at its own level and above; each level's matrix is a collapse of rows and columns.
+
+`mistake_severity` is the mean over wrong pixels of the height of the lowest node above label and answer: 0 for a leaf,
+else the longest way down to one; above all roots stands one more. An answer below an inner label is right. `ECE_leaf`
+and `ECE_<root>` are expected calibration errors: how far probabilities are from frequencies, in BINS equal bins, of
+the answered leaf over pixels labelled with a leaf, and of each root over all.
 """
 
 from collections.abc import Iterable
@@ -14,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.decode import probabilities
 from utils.hierarchy import Hierarchy
+
+BINS = 15
+UNITS = 2**16  # of a probability: whole numbers add up to the same sum in any order, on any number of processes
 
 
 def confusion(leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
@@ -36,24 +45,11 @@ def confusion(leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
 
 def level_confusions(matrix: Tensor, h: Hierarchy) -> list[Tensor]:
     """The confusion matrix of each level's classes. Shape: (N, N) -> L times (classes, classes), int64."""
-    matrix = matrix.cpu()
-    return [members.t() @ matrix @ members for members in _memberships(h)]
-
-
-def _memberships(h: Hierarchy) -> list[Tensor]:
-    """Per level, 1 where a node belongs to a class; labels above the level belong to none.
-
-    Shape: L times (N, classes) int64.
-    """
-
-    def make(level: int) -> Tensor:
-        nodes, classes = torch.tensor(h.level_tables[level]), torch.tensor(h.level_classes[level])
-        return nodes.unsqueeze(1) == classes
-
-    return [
-        h.cached(("membership", level), "cpu", torch.int64, lambda level=level: make(level))
-        for level in range(h.num_levels)
-    ]
+    matrix, results = matrix.cpu(), []
+    for table, classes in zip(h.level_tables, h.level_classes, strict=True):
+        members = (torch.tensor(table).unsqueeze(1) == torch.tensor(classes)).long()  # labels above the level: none
+        results.append(members.t() @ matrix @ members)
+    return results
 
 
 def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
@@ -67,7 +63,25 @@ def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
     for level in levels:
         scores[f"mIoU{level['level']}"] = level["mIoU"]
         scores[f"mIoU{level['level']}_with_background"] = level["mIoU_with_background"]
-    return scores | {"pixel_accuracy": levels[0]["pixel_accuracy"], "levels": levels}
+    accuracy, severity = levels[0]["pixel_accuracy"], _mistake_severity(matrix.cpu(), h)
+    return scores | {"pixel_accuracy": accuracy, "mistake_severity": severity, "levels": levels}
+
+
+def _mistake_severity(matrix: Tensor, h: Hierarchy) -> float | None:
+    heights = h.cached("severity", "cpu", torch.int64, lambda: _severities(h))
+    wrong = int(matrix[heights > 0].sum())
+    return int((matrix * heights).sum()) / wrong if wrong else None
+
+
+def _severities(h: Hierarchy) -> Tensor:
+    """The height at which label and answer meet, 0 where the answer is right. Shape: (N, N)."""
+    heights = torch.zeros(h.num_nodes, h.num_nodes)
+    for label, path in enumerate(h.paths):
+        for leaf in h.leaves:
+            shared = h.shared(label, leaf)
+            if shared < len(path):
+                heights[label, leaf] = h.heights[path[shared - 1]] if shared else h.num_levels
+    return heights
 
 
 def _level_scores(counts: Tensor, level: int, h: Hierarchy) -> dict[str, Any]:
@@ -101,36 +115,48 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 class LevelScores:
-    """Counts over a data set and what follows from them. Counts add up: over batches, meters and devices."""
+    """Counts over a data set and what follows from them. Counts add up: over batches, meters and devices.
 
-    def __init__(self, h: Hierarchy, device: torch.device | str = "cpu") -> None:
-        self.h = h
+    `own_rule` is the decoding rule of the loss, which says what its probabilities are (`decode.probabilities`).
+    """
+
+    def __init__(self, h: Hierarchy, device: torch.device | str = "cpu", own_rule: str = "logit_sum") -> None:
+        self.h, self.own_rule = h, own_rule
         self.matrix = torch.zeros(h.num_nodes, h.num_nodes, dtype=torch.int64, device=device)
         self.violations = torch.zeros(2, dtype=torch.int64, device=device)  # violated edges, pixels looked at
+        # of the leaf and of each root, in each bin: pixels, hits, sum of probabilities in UNITS
+        self.calibration = torch.zeros(1 + len(h.roots), 3, BINS, dtype=torch.int64, device=device)
 
     def update(self, leaf: Tensor, labels: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Adds a batch and returns its (N, N) matrix. Violations are counted where logits are given.
+        """Adds a batch and returns its (N, N) matrix. Violations and calibration are counted where logits are given.
 
         Shape: leaf and labels (B, H, W), logits (B, N, H, W).
         """
         matrix = confusion(leaf, labels, self.h)
         self.matrix += matrix
         if logits is not None:
-            for sample, label in zip(logits, labels, strict=True):
-                self.violations += _violations(sample, label, self.h)
+            for b in range(len(labels)):  # one by one: photos may be large
+                self.violations += _violations(logits[b], labels[b], self.h)
+                p = probabilities(self.own_rule, logits[b : b + 1], self.h)[0]
+                self.calibration += _calibration(p, leaf[b], labels[b], self.h)
         return matrix
 
     def compute(self) -> dict[str, Any]:
         """See `scores_from_confusion`; and `violation_rate`, the share of (labelled pixel, edge) pairs with
-        s_child > 0.5 >= s_parent, None without logits. The one point that waits for the device.
+        s_child > 0.5 >= s_parent, and calibration errors, None without logits. The one point that waits for the device.
         """
         violated, pixels = self.violations.tolist()
         pairs = pixels * len(self.h.edges)
-        return scores_from_confusion(self.matrix, self.h) | {"violation_rate": violated / pairs if pairs else None}
+        rates = {"violation_rate": violated / pairs if pairs else None}
+        for name, counts in zip(
+            ["leaf", *(self.h.names[v] for v in self.h.roots)], self.calibration.cpu(), strict=True
+        ):
+            rates[f"ECE_{name}"] = _calibration_error(counts)
+        return scores_from_confusion(self.matrix, self.h) | rates
 
     def tensors(self) -> list[Tensor]:
         """The counts themselves, int64: several processes sum them in place with all_reduce."""
-        return [self.matrix, self.violations]
+        return [self.matrix, self.violations, self.calibration]
 
 
 @torch.no_grad()
@@ -144,3 +170,24 @@ def _violations(logits: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
     parents, children = h.edge_index(logits.device)
     violated = above.index_select(0, children) > above.index_select(0, parents)
     return torch.stack([violated.logical_and_(labelled).sum(), labelled.sum()])
+
+
+@torch.no_grad()
+def _calibration(p: Tensor, leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
+    """Shape: probabilities (N, H, W), two maps (H, W) -> as `LevelScores.calibration`."""
+    root, is_leaf = h.level_of(labels, h.num_levels - 1), h.level_of(labels, 0) != h.ignore_index
+    rows = [(p.gather(0, leaf.long().unsqueeze(0))[0], leaf == labels, is_leaf)]
+    rows += [(p[v], root == v, root != h.ignore_index) for v in h.roots]
+    counts = torch.zeros(len(rows), 3, BINS, dtype=torch.int64, device=p.device)
+    for row, (sure, hit, known) in zip(counts, rows, strict=True):
+        sure = sure.nan_to_num().flatten()
+        values = torch.stack([torch.ones_like(sure), hit.flatten().to(sure), (sure * UNITS).round()]).long()
+        bins = (sure * BINS).long().clamp(max=BINS - 1)
+        row.scatter_add_(1, bins.expand(3, -1), values * known.flatten())
+    return counts
+
+
+def _calibration_error(counts: Tensor) -> float | None:
+    """Mean over pixels of |frequency - mean probability| of their bin. Shape: (3, BINS) -> ()."""
+    pixels, hits, units = counts
+    return ((hits - units.double() / UNITS).abs().sum() / pixels.sum()).item() if pixels.any() else None
