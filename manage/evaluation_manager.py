@@ -19,6 +19,7 @@ from configs.config import (
     REPOSITORY,
     Config,
     config_from_dict,
+    default_decode,
     load_config,
     parse_overrides,
     without_gone,
@@ -102,7 +103,7 @@ def validate(
 ) -> Validation:
     """Scores, loss and a few pictures over all photos of the loader; `between` is called before each photo."""
     device = next(network.parameters()).device
-    meter, decode = LevelScores(hierarchy, device), Decoding.of(config)
+    meter, decode = LevelScores(hierarchy, device, default_decode(config.criterion)), Decoding.of(config)
     loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # sum over known pixels, and their number
     pictures: dict[str, np.ndarray] = {}
     with torch.inference_mode():
@@ -219,7 +220,8 @@ class EvaluationManager:
         """Writes scores and pictures, prints the table, returns what scores.json holds."""
         distributed.on_main_only(self._make_folder)
         began = time.monotonic()
-        meters = [LevelScores(self.hierarchy, self.device) for _ in self.decodings]
+        own_rule = default_decode(self.trained_with.criterion)  # of the probabilities, whatever rule decodes
+        meters = [LevelScores(self.hierarchy, self.device, own_rule) for _ in self.decodings]
         counts: dict[int, list[np.ndarray]] = {}  # photo -> confusion matrix by rule
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
         with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy, self.options.pictures) as writer:
@@ -229,6 +231,9 @@ class EvaluationManager:
         bar.close()
         for meter in meters:
             meter.violations.copy_(meters[0].violations)
+            meter.calibration[1:].copy_(
+                meters[0].calibration[1:]
+            )  # of the roots; that of the leaf is of the first rule
             distributed.sum_over_processes(meter.tensors())
         counts, faults, drawn = (
             {key: value for part in distributed.gather(found) for key, value in part.items()}

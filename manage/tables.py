@@ -10,9 +10,10 @@ from utils.hierarchy import Hierarchy
 
 
 def summary(result: dict[str, Any]) -> dict[str, float | None]:
-    """The scores that stand for a whole run: mIoU of each level, pixel accuracy, violation rate; in [0, 1]."""
+    """The scores that stand for a whole run: all that are one number, in [0, 1] but for `mistake_severity`."""
     names = [f"mIoU{level['level']}{end}" for end in ("", "_with_background") for level in result["levels"]]
-    return {name: result[name] for name in [*names, "pixel_accuracy", "violation_rate"]}
+    errors = [name for name in result if name.startswith("ECE_")]
+    return {name: result[name] for name in [*names, "pixel_accuracy", "violation_rate", "mistake_severity", *errors]}
 
 
 def per_class(result: dict[str, Any]) -> list[tuple[int, str, float | None]]:
@@ -38,16 +39,24 @@ def table(result: dict[str, Any], hierarchy: Hierarchy) -> str:
         lines.append(f"    {'with background':<22}{percent(level['mIoU_with_background'])}")
     lines.append(f"pixel accuracy            {percent(result['pixel_accuracy'])}")
     lines.append(f"violation rate            {percent(result['violation_rate'])}")
+    lines.append(f"mistake severity          {shown('mistake_severity', result['mistake_severity'])}")
+    for name in result:
+        if name.startswith("ECE_"):
+            lines.append(f"{'calibration error of ' + name[4:]:<26}{percent(result[name])}")
     return "\n".join(lines)
 
 
 def rules_table(rules: dict[str, dict[str, float | None]]) -> str:
     """One row a decoding rule."""
-    names = [name for name in next(iter(rules.values())) if not name.endswith("_with_background")]
-    lines = ["decoding".ljust(12) + "".join(name.rjust(16) for name in names)]
+    names = [name for name in next(iter(rules.values())) if "_with_background" not in name and "ECE_" not in name]
+    lines = ["decoding".ljust(12) + "".join(name.rjust(18) for name in names)]
     for rule, scores in rules.items():
-        lines.append(rule.ljust(12) + "".join(percent(scores[name]).rjust(16) for name in names))
+        lines.append(rule.ljust(12) + "".join(shown(name, scores[name]).rjust(18) for name in names))
     return "\n".join(lines)
+
+
+def shown(name: str, value: float | None) -> str:
+    return f"{value:6.2f}" if name == "mistake_severity" and value is not None else percent(value)
 
 
 def percent(value: float | None) -> str:

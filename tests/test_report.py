@@ -393,7 +393,11 @@ def test_six_photos_stand_in_a_row_and_are_larger_when_enlarged_on_a_phone(page)
 
 def test_text_follows_the_data(page, browser, tmp_path):
     assert texts(page, "#mean-note") == ["The mean leaves background out."]
-    assert all(text.endswith(" %") for text in texts(page, ".total b"))
+    totals = dict(zip(texts(page, ".total span"), texts(page, ".total b"), strict=True))
+    severity = float(totals.pop("mistake severity"))  # a height in the tree, not a share
+    assert 1 <= severity <= 3
+    assert {"ECE leaf", "ECE body", "violation rate"} < set(totals)
+    assert all(text.endswith(" %") for text in totals.values())
     assert [link.get_attribute("href").split("/")[-1] for link in page.find_elements("css selector", "#files a")] == [
         "scores.csv",
         "scores.json",
