@@ -105,8 +105,8 @@ class TrainManager:
                 else:
                     self.learner.start()
                 self.lock = distributed.on_main_only(create_experiment, config, overwrite, take_over)
-                if resume:
-                    self.save("last")  # first: a folder with a config is resumed from what it holds
+                if resume and not self.save("last"):  # first: a folder with a config is resumed from what it holds
+                    raise UserError(f"{config.checkpoints_dir}: the state taken over could not be written; free space")
                 distributed.on_main_only(write_copies, config, self.hierarchy)
             else:
                 self.lock = distributed.on_main_only(open_experiment, config, take_over)

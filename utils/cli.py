@@ -26,6 +26,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:  # before a run that could be saved
+        status = 130
     except BrokenPipeError:  # the reader of our output went away (| head)
         status = 1
     sys.exit(status or 0)
