@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms.v2 import functional as tv
 
-from utils.views import IMAGENET_MEAN, RandomViews, View
+from utils.views import IMAGENET_MEAN, RandomViews, View, _resize
 
 VOID, SIZE = 255, 64
 MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
@@ -145,3 +145,10 @@ def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
 def test_no_settings_draw_a_plain_crop():
     view = RandomViews(SIZE, VOID).draw(5, 120, 90)
     assert view == View(view.left, view.top, SIZE)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 200)])
+def test_a_gpu_resizes_floats_to_what_bytes_give(photo, height, width):
+    image, labels = torch.from_numpy(photo[0]).permute(2, 0, 1), torch.from_numpy(photo[1])
+    as_bytes, as_floats = _resize(image, labels, height, width)[0], _resize(image.float(), labels, height, width)[0]
+    assert (as_bytes - as_floats).abs().max() <= 1
