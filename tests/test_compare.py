@@ -143,12 +143,6 @@ def test_many_comparisons_are_allowed_for() -> None:
     assert adjusted == pytest.approx([0.06, 0.9, 0.04, 0.06])
 
 
-def test_spread_over_seeds_is_that_of_a_sample() -> None:
-    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    assert mean_and_spread([1.0]) == (1.0, None)
-    assert mean_and_spread([None]) == (None, None)
-
-
 def difference(
     value: float, low: float, high: float, by_seed: dict[int, float], photos: int = 100, p: float = 0.01
 ) -> Difference:
@@ -340,13 +334,6 @@ def test_the_page_needs_no_other_file(written: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
-def test_one_group_is_reported_without_differences(runs: list[Path], tmp_path: Path) -> None:
-    tool.write_report(compared(runs[:3]), tmp_path / "out", "comparison", "One")
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| bce | 3 |" in text
-    assert "Differences" not in text
-
-
 def test_names_in_a_page_and_in_latex_are_escaped() -> None:
     table = tool.Table(["<a>", "50%"], [["<b>", "x_1"]])
     assert not re.findall(r"<[abc]>", tool.to_html([table], "<c>"))
@@ -359,25 +346,18 @@ def colours_in(path: Path) -> set[str]:
     return {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in picture.getcolors(1 << 24)}
 
 
-def test_a_chart_shows_each_line_in_its_colour(tmp_path: Path) -> None:
-    line_chart({"a": [(1, 1), (2, 2), (3, math.nan)], "b": [(1, 2), (2, 1)]}, tmp_path / "chart.png")
-    assert set(COLOURS[:2]) <= colours_in(tmp_path / "chart.png")
-
-
-def test_a_chart_without_a_finite_point_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing to draw"):
-        line_chart({"a": [(1, math.nan)]}, tmp_path / "chart.png")
-    with pytest.raises(ValueError, match="nothing to draw"):
-        interval_chart({}, tmp_path / "chart.png")
-
-
-def test_clear_differences_are_coloured_by_their_side(tmp_path: Path) -> None:
+def test_charts_show_each_line_and_each_clear_difference_in_its_colour(tmp_path: Path) -> None:
+    path = tmp_path / "chart.png"
+    line_chart({"a": [(1, 1), (2, 2), (3, math.nan)], "b": [(1, 2), (2, 1)]}, path)
+    assert set(COLOURS[:2]) <= colours_in(path)
     rows = {
-        "better": Interval("b", 2, 1, 3, [1.5, 2.5], True),
-        "worse": Interval("w", -2, -3, -1, [], True),
-        "unclear": Interval("u", 2, 1, 3, [], False),  # the photos say so, the seeds do not
+        Interval("better", 2, 1, 3, (1.5, 2.5), True): {COLOURS[0]},
+        Interval("worse", -2, -3, -1, (), True): {COLOURS[1]},
+        Interval("unclear", 2, 1, 3, (), False): set(),  # the photos say so, the seeds do not
     }
-    for name, row in rows.items():
-        interval_chart({"a": [row]}, tmp_path / f"{name}.png")
-    drawn = {name: set(COLOURS[:2]) & colours_in(tmp_path / f"{name}.png") for name in rows}
-    assert drawn == {"better": {COLOURS[0]}, "worse": {COLOURS[1]}, "unclear": set()}
+    for row, colours in rows.items():
+        interval_chart({"a": [row]}, path)
+        assert set(COLOURS[:2]) & colours_in(path) == colours
+    for draw in (lambda: line_chart({"a": [(1, math.nan)]}, path), lambda: interval_chart({}, path)):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            draw()

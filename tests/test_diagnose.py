@@ -1,18 +1,12 @@
-"""Diagnosis: hand values on the worked pixel, and one real run from checkpoints to pictures."""
+"""Diagnosis: hand values on the worked pixel."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from configs.config import load_config
-from docs.figures import diagnose as tool
 from docs.figures.diagnose import Diagnosis
-from manage.train_manager import TrainManager
-from tests.factory import make_data, write_config
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 
@@ -47,22 +41,3 @@ def test_tree_min_tells_leaf_and_upper_body_nothing_where_bce_does(tree: Hierarc
     sizes = [node["mean_size"] for node in positive["bce"]]
     assert sizes == pytest.approx([1 - sigmoid(-1), 1 - sigmoid(1), 1 - sigmoid(2)])
     assert positive["tree_min"][0]["mean_size"] == pytest.approx(3 * (1 - sigmoid(-1)))
-
-
-@pytest.mark.slow
-def test_checkpoints_of_a_run_become_numbers_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_data(tmp_path / "data", train=4, val=1)
-    TrainManager(load_config(write_config(tmp_path, tmp_path / "data", n_epochs=2))).run()
-    folder, out = tmp_path / "experiments" / "tiny", tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["diagnose.py", str(folder), "--photos", "3", "--out", str(out)])
-    tool.main()
-    record = json.loads((out / "diagnosis.json").read_text())
-    assert [(c["epoch"], c["criterion"]) for c in record["checkpoints"]] == [(1, "tree_min"), (2, "tree_min")]
-    assert record["photos"] == 3
-    assert {path.name for path in out.glob("*.png")} == {
-        "tree_min_gradient_share.png",
-        "tree_min_gradient_mean_size.png",
-        "violation_rate.png",
-        "calibration_error.png",
-        "calibration.png",
-    }
