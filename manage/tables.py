@@ -36,7 +36,8 @@ def table(result: dict[str, Any], hierarchy: Hierarchy) -> str:
             note = "  (not in the mean)" if name in background else "  (absent)" if iou is None else ""
             lines.append(f"    {name:<22}{percent(iou)}{note}")
         lines.append(f"    {'mIoU' + str(level['level']):<22}{percent(level['mIoU'])}")
-        lines.append(f"    {'with background':<22}{percent(level['mIoU_with_background'])}")
+        if background:
+            lines.append(f"    {'with background':<22}{percent(level['mIoU_with_background'])}")
     lines.append(f"pixel accuracy            {percent(result['pixel_accuracy'])}")
     lines.append(f"violation rate            {percent(result['violation_rate'])}")
     lines.append(f"mistake severity          {shown('mistake_severity', result['mistake_severity'])}")
@@ -56,6 +57,7 @@ def rules_table(rules: dict[str, dict[str, float | None]]) -> str:
 
 
 def shown(name: str, value: float | None) -> str:
+    """A share in percent; the mistake severity is a height in the tree."""
     return f"{value:6.2f}" if name == "mistake_severity" and value is not None else percent(value)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from configs.config import Config
-from manage import evaluation_manager
+from manage import evaluation_manager, tables
 from manage.checkpoint import checkpoint_digest, load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
 from manage.predictor import Predictor
@@ -19,9 +19,10 @@ from tests.test_predict import SLIM, write_checkpoint
 from utils import visualize
 from utils.errors import UserError
 from utils.files import read_json, write_whole
+from utils.hierarchy import Hierarchy
 from utils.ids import read_ids
 from utils.images import read_labels, read_photo
-from utils.metrics import LevelScores
+from utils.metrics import LevelScores, scores_from_confusion
 
 
 @pytest.fixture
@@ -211,3 +212,21 @@ def test_of_photos_that_go_through_together_the_spoilt_one_is_named(config, monk
     spoil(config.checkpoints_dir / "best.pt", float("nan"))
     with pytest.raises(UserError, match="photo 'drawn_"):
         evaluate(config)
+
+
+# --- tables ---
+def test_tables_show_every_score_in_its_unit_and_background_where_there_is_one(tree) -> None:
+    plain = Hierarchy.from_dict(
+        tree.to_dict() | {"nodes": [n | {"background": False} for n in tree.to_dict()["nodes"]]}
+    )
+    for h in (tree, plain):
+        result = scores_from_confusion(torch.eye(h.num_nodes, dtype=torch.int64), h)
+        result |= {"violation_rate": None, "mistake_severity": 1.25, "ECE_leaf": 0.125}
+        text = tables.table(result, h)
+        assert "mistake severity            1.25" in text
+        assert "calibration error of leaf  12.50" in text
+        assert "violation rate                 -" in text
+        assert ("with background" in text) == bool(h.background)
+        assert list(tables.summary(result))[:3] == ["mIoU1", "mIoU2", "mIoU3"]
+        rows = tables.rules_table({"leaf": tables.summary(result)}).splitlines()
+        assert rows[1].split()[rows[0].split().index("mistake_severity")] == "1.25"

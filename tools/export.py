@@ -42,7 +42,7 @@ from configs.config import DECODE_RULES, REPOSITORY, TTA, Config, differences, s
 from manage import inference
 from manage.checkpoint import checkpoint_digest, find_model
 from manage.predictor import Predictor
-from manage.tables import percent
+from manage.tables import shown
 from utils.cli import progress, run_main
 from utils.decode import leaf_bias, leaf_scores
 from utils.errors import UserError
@@ -195,7 +195,7 @@ def card(predictor: Predictor, config: Config, record: dict | None, licence: str
         lines.append("Not evaluated: run evaluate.py on this checkpoint, and export it again with --overwrite.")
     else:
         lines += [f"On {record['photos']} photos:", "", "| score | |", "|---|---|"]
-        lines += [f"| {name} | {percent(value).strip()} |" for name, value in record["scores"].items()]
+        lines += [f"| {name} | {shown(name, value).strip()} |" for name, value in record["scores"].items()]
     classes = [
         f"- level {level + 1}, {name}: {', '.join(h.names[node] for node in h.level_classes[level])}"
         for level, name in enumerate(h.level_names)
@@ -222,7 +222,7 @@ Segments photos by the label tree `{tree}`, at every level at once; {how}.
 
     result = Predictor.load("this/folder")(Image.open("photo.jpg"))   # from manage.predictor import Predictor
 
-## Scores, in percent
+## Scores, in percent (mistake_severity: a height in the tree)
 
 {scores}
 
