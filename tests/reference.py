@@ -155,17 +155,13 @@ def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, n
 def path_score(rule: str, z: list[float], leaf: int, h: Hierarchy) -> float:
     path = [z[v] for v in ancestors(leaf, h)]
     scores = [sigmoid(value) for value in path]
-    return {
-        "logit_sum": sum(path),
-        "prob_sum": sum(scores),
-        "prob_mean": sum(scores) / len(scores),
-        "leaf": z[leaf],
-        "tree_min": min(path),
-        "level_sum": sum(
-            log_softmax_at(level, leaf, z, h) for level in range(max(len(ancestors(u, h)) for u in leaves(h)))
-        ),
-        "mass": sum(mass(v, z, h) - max(mass(u, z, h) for u in siblings(v, h)) for v in ancestors(leaf, h)),
-    }[rule]
+    if rule == "mass":
+        return sum(mass(v, z, h) - max(mass(u, z, h) for u in siblings(v, h)) for v in ancestors(leaf, h))
+    if rule == "level_sum":
+        levels = range(max(len(ancestors(u, h)) for u in leaves(h)))
+        return sum(log_softmax_at(level, leaf, z, h) for level in levels)
+    simple = {"logit_sum": sum(path), "prob_sum": sum(scores), "leaf": z[leaf], "tree_min": min(path)}
+    return (simple | {"prob_mean": sum(scores) / len(scores)})[rule]
 
 
 def log_softmax_at(level: int, leaf: int, z: list[float], h: Hierarchy) -> float:

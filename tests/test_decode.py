@@ -55,7 +55,7 @@ def test_logit_sum_is_the_most_probable_path_under_independent_nodes(h: Hierarch
         assert answer[0, i, j] == max(probability, key=probability.__getitem__)
 
 
-@pytest.mark.parametrize("tree", ["pascal_part", "cityscapes", "synthetic_deep"])
+@pytest.mark.parametrize("tree", ["pascal_part", "synthetic_deep"])
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_equal_the_loops_at_every_batch_size_that_could_broadcast_wrongly(rule: str, tree: str) -> None:
     h = Hierarchy.load(TREES / f"{tree}.json")

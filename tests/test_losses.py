@@ -20,6 +20,7 @@ from utils.node_weights import node_weights
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 NAMES = sorted(LOSSES)
+NAMES_AND_GAMMAS = [(name, gamma) for name in NAMES for gamma in ((0.0, 0.5, 2.0) if "focal" in name else (2.0,))]
 HEAD, UPPER, BODY, VOID = 4, 8, 7, 255
 
 
@@ -115,9 +116,8 @@ def test_tree_min_is_at_least_bce_and_equal_where_scores_respect_the_tree(h: Hie
     torch.testing.assert_close(LOSSES["tree_min"](logits, labels, h), LOSSES["bce"](logits, labels, h))
 
 
-@pytest.mark.parametrize("tree", ["pascal_part", "cityscapes", "synthetic_deep"])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tree", ["pascal_part", "synthetic_deep"])
+@pytest.mark.parametrize(("name", "gamma"), NAMES_AND_GAMMAS)
 def test_value_and_gradient_equal_the_loops(name: str, gamma: float, tree: str) -> None:
     h = Hierarchy.load(TREES / f"{tree}.json")
     logits, labels = random_case(h)
@@ -134,8 +134,7 @@ def test_value_and_gradient_equal_the_loops(name: str, gamma: float, tree: str) 
         torch.testing.assert_close(grad.double(), naive.grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "gamma"), NAMES_AND_GAMMAS)
 def test_gradcheck(name: str, gamma: float, h: Hierarchy) -> None:
     logits, labels = random_case(h)
     assert gradcheck(lambda z: LOSSES[name](z, labels, h, gamma=gamma), logits.requires_grad_())
@@ -152,8 +151,7 @@ def test_float32_keeps_its_precision_on_confident_pixels(h: Hierarchy) -> None:
         assert LOSSES[name](logits.float(), labels, h).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "gamma"), NAMES_AND_GAMMAS)
 def test_extreme_logits_stay_finite(name: str, gamma: float, h: Hierarchy) -> None:
     _, labels = random_case(h)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

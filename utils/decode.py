@@ -34,23 +34,16 @@ RootBias = Tensor | Sequence[float] | None
 # ---- the rules: (N, P) -> (N, P), the score of the path to each node ----------------------------------------------
 
 
-def sum_down(values: Tensor, h: Hierarchy) -> Tensor:
-    """Each node's sum over its path."""
+def down(values: Tensor, h: Hierarchy, join: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Tensor:
+    """Each node's values from its root down to itself, joined: added up, or another way."""
     rows = list(values.unbind())
     for parent, child in h.edges:
-        rows[child] = rows[child] + rows[parent]
+        rows[child] = join(rows[child], rows[parent])
     return torch.stack(rows)
 
 
-def mean_down(values: Tensor, h: Hierarchy) -> Tensor:
-    return sum_down(values, h) / torch.tensor([[len(path)] for path in h.paths], device=values.device)
-
-
-def lowest_down(logits: Tensor, h: Hierarchy) -> Tensor:
-    rows = list(logits.unbind())
-    for parent, child in h.edges:
-        rows[child] = torch.minimum(rows[child], rows[parent])
-    return torch.stack(rows)
+def prob_mean(logits: Tensor, h: Hierarchy) -> Tensor:
+    return down(logits.sigmoid(), h) / torch.tensor([[len(path)] for path in h.paths], device=logits.device)
 
 
 def mass_down(logits: Tensor, h: Hierarchy) -> Tensor:
@@ -63,7 +56,7 @@ def mass_down(logits: Tensor, h: Hierarchy) -> Tensor:
         most = torch.stack([rows[v] for v in siblings]).amax(0)
         for v in siblings:
             rows[v] = rows[v] - most
-    return sum_down(torch.stack(rows), h)
+    return down(torch.stack(rows), h)
 
 
 def level_sum(logits: Tensor, h: Hierarchy) -> Tensor:
@@ -76,17 +69,14 @@ def level_sum(logits: Tensor, h: Hierarchy) -> Tensor:
 
 
 PATH_SCORES: dict[str, Callable[[Tensor, Hierarchy], Tensor]] = {
-    "logit_sum": sum_down,
-    "prob_sum": lambda logits, h: sum_down(logits.sigmoid(), h),
-    "prob_mean": lambda logits, h: mean_down(logits.sigmoid(), h),
+    "logit_sum": down,
+    "prob_sum": lambda logits, h: down(logits.sigmoid(), h),
+    "prob_mean": prob_mean,
     "leaf": lambda logits, h: logits,
-    "tree_min": lowest_down,
+    "tree_min": lambda logits, h: down(logits, h, torch.minimum),
     "mass": mass_down,
     "level_sum": level_sum,
 }
-
-
-# ---- from scores to a leaf ---------------------------------------------------------------------------------------
 
 
 def leaf_scores(rule: str, logits: Tensor, h: Hierarchy) -> Tensor:

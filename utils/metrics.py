@@ -38,8 +38,7 @@ def confusion(leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
         raise ValueError(f"prediction holds {int(leaf.max())}; the tree {h.name!r} has nodes 0 to {n - 1}")
     pair = (h.index_of(labels) * n).add_(leaf).flatten()
     counts = torch.zeros((n + 1) * n, dtype=torch.int64, device=leaf.device)
-    # not bincount: on a GPU that waits for the largest value
-    counts.scatter_add_(0, pair, counts.new_ones(()).expand_as(pair))
+    counts.scatter_add_(0, pair, counts.new_ones(()).expand_as(pair))  # bincount would wait for a GPU
     return counts.view(n + 1, n)[:n]  # the last row is void
 
 
@@ -63,14 +62,13 @@ def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
     for level in levels:
         scores[f"mIoU{level['level']}"] = level["mIoU"]
         scores[f"mIoU{level['level']}_with_background"] = level["mIoU_with_background"]
-    accuracy, severity = levels[0]["pixel_accuracy"], _mistake_severity(matrix.cpu(), h)
-    return scores | {"pixel_accuracy": accuracy, "mistake_severity": severity, "levels": levels}
+    scores |= {"pixel_accuracy": levels[0]["pixel_accuracy"], "mistake_severity": _mistake_severity(matrix.cpu(), h)}
+    return scores | {"levels": levels}
 
 
 def _mistake_severity(matrix: Tensor, h: Hierarchy) -> float | None:
     heights = h.cached("severity", "cpu", torch.int64, lambda: _severities(h))
-    wrong = int(matrix[heights > 0].sum())
-    return int((matrix * heights).sum()) / wrong if wrong else None
+    return int((matrix * heights).sum()) / wrong if (wrong := int(matrix[heights > 0].sum())) else None
 
 
 def _severities(h: Hierarchy) -> Tensor:
@@ -146,8 +144,7 @@ class LevelScores:
         s_child > 0.5 >= s_parent, and calibration errors, None without logits. The one point that waits for the device.
         """
         violated, pixels = self.violations.tolist()
-        pairs = pixels * len(self.h.edges)
-        rates = {"violation_rate": violated / pairs if pairs else None}
+        rates = {"violation_rate": violated / pairs if (pairs := pixels * len(self.h.edges)) else None}
         for name, counts in zip(
             ["leaf", *(self.h.names[v] for v in self.h.roots)], self.calibration.cpu(), strict=True
         ):
