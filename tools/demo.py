@@ -10,6 +10,7 @@ stays on this machine: the page is bound to localhost, sends no usage data, and 
 
 import argparse
 import base64
+import importlib.util
 import io
 import os
 import shutil
@@ -37,11 +38,7 @@ from utils.decode import probabilities
 from utils.errors import UserError
 from utils.images import photo_size, read_photo
 
-try:
-    import gradio as gr
-except ImportError:
-    gr = None
-
+gr = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
 SHIPPED = REPOSITORY / "models" / "pretrained"
 LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
 
@@ -115,8 +112,8 @@ watch('value', async () => {
   maps = pen.getImageData(0, 0, width, height).data;
   draw();
 });
-for (const kind of ['pointermove', 'pointerdown']) element.addEventListener(kind, read);
-element.addEventListener('input', draw);
+for (const [kind, act] of [['pointermove', read], ['pointerdown', read], ['input', draw]])
+  element.addEventListener(kind, act);
 """
 
 
