@@ -32,4 +32,5 @@ def one_line(error: Exception, config: Config, where: str, folder: Path) -> str:
         more = f" (see {path})"
     except OSError:
         more = ""
-    return f"{where}: {type(error).__name__}: {reason}{more}"
+    hint = "; set compile=false" if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) else ""
+    return f"{where}: {type(error).__name__}: {reason}{more}{hint}"

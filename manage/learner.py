@@ -42,6 +42,11 @@ class Learner:
         self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
         weights = node_weights(config.node_weights, encoding.labelled, hierarchy)
         self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, weights, config.compile)
+        if config.compile:  # makes the tree's tables, whose making inside would have it compiled twice
+            with torch.no_grad():
+                self.criterion(
+                    torch.zeros(1, hierarchy.num_nodes, 1, 1, device=device), torch.zeros(1, 1, 1).to(device)
+                )
         self.optimizer = build_optimizer(self.network, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.trained: nn.Module = torch.compile(self.network) if config.compile else self.network

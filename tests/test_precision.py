@@ -149,12 +149,18 @@ def test_channels_last_gives_the_same_steps(start):
     assert_same(weights(plain), weights(last), rtol=1e-3, atol=1e-5)
 
 
-def test_a_compiled_network_gives_the_same_steps_and_checkpoint(start, monkeypatch):
-    compile_network = torch.compile
+def test_a_compiled_training_gives_the_same_steps_and_checkpoint_and_compiles_once(start, monkeypatch):
+    compile_it, counters = torch.compile, torch._dynamo.utils.counters
     # the eager backend captures the graph like any other and needs no C++ compiler
-    monkeypatch.setattr(torch, "compile", lambda what, **keys: compile_network(what, backend="eager", **keys))
+    monkeypatch.setattr(torch, "compile", lambda what, **keys: compile_it(what, backend="eager", **keys))
     plain, compiled = start(), start(compile=True)
-    torch.testing.assert_close(compiled.train_step([batch_of(1, 2)]), plain.train_step([batch_of(1, 2)]))
+    torch._dynamo.reset()
+    counters.clear()
+    for seeds in ((1, 2), (3, 4), (5, 6)):
+        batch = batch_of(*seeds)
+        torch.testing.assert_close(compiled.train_step([batch]), plain.train_step([batch]))
+    assert counters["stats"]["unique_graphs"] == 2, "the network and the criterion, once each"
+    assert not counters["graph_break"]
     assert_same(weights(plain), weights(compiled))
     assert compiled.state()["model"].keys() == plain.state()["model"].keys()
 
