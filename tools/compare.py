@@ -83,7 +83,7 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
     """The whole report; its pictures are drawn to files whose names begin with `path`."""
     photos = len(comparison.experiments[0].ids)
     seeds = "mean ± standard deviation over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else "one seed"
-    about = f"Scores in percent on {photos:,} whole val photos, {seeds}. mIoU leaves background out."
+    about = f"Percent on {photos:,} whole val photos, {seeds}. mIoU is without background, mistake severity a height."
     blocks: list[Block] = [Heading(title), Items([*notes, about]), score_table(comparison)]
     if comparison.differences:
         method = (
