@@ -1,0 +1,322 @@
+"""The page of an evaluation in a real headless browser (skipped where there is none)."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from manage import report
+from tests.test_report import EVIL, VOID, draw, hostile_tree, make_report, sample_id
+from utils.decode import DECODERS
+from utils.hierarchy import Hierarchy
+
+PHOTOS, PAGE = 30, 24
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+
+
+@pytest.fixture(scope="module")
+def h() -> Hierarchy:
+    return hostile_tree()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, h) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("evaluation #1")
+    return folder / "index.html", make_report(folder, h, PHOTOS)
+
+
+@pytest.fixture
+def page(browser, site):
+    """The report, freshly opened; nothing may complain while a test uses it."""
+    browser.get(site[0].as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return window.hacked") is None
+
+
+def ids(page) -> list[str]:
+    return page.execute_script("return [...document.querySelectorAll('#gallery .card')].map((c) => c.dataset.id)")
+
+
+def texts(page, selector: str) -> list[str]:
+    return page.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+    )
+
+
+def choose(page, **values: str) -> None:
+    for name, value in values.items():
+        page.execute_script(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+            "e.dispatchEvent(new Event('input', {bubbles: true}))",
+            name,
+            value,
+        )
+
+
+def press(page, *keys: str) -> None:
+    from selenium.webdriver import ActionChains
+
+    ActionChains(page).send_keys(*keys).perform()
+
+
+def point_at(page, element) -> None:
+    from selenium.webdriver import ActionChains
+
+    ActionChains(page).move_to_element(element).perform()
+
+
+def drawn_card(page, within: str = "#gallery"):
+    """The first card, once its maps are drawn."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    page.execute_script("document.querySelector(arguments[0]).scrollIntoView()", f"{within} .card")
+    return WebDriverWait(page, 20).until(
+        lambda _: page.execute_script("return document.querySelector(arguments[0])", f"{within} .card[data-drawn]")
+    )
+
+
+def in_order(lines: list[dict], value) -> list[str]:
+    """Ids from the smallest value to the largest, those without a value last."""
+    return [line["id"] for line in sorted(lines, key=lambda line: (value(line) is None, value(line) or 0))]
+
+
+def test_every_level_has_its_scores_and_confusion(page, h):
+    for selector in ("#score-tables", "#confusion-tables"):
+        headings = [f"Level {level + 1}: {name}" for level, name in enumerate(h.level_names)]
+        assert texts(page, f"{selector} h3") == headings
+    names = texts(page, "#score-tables .panel:first-child tbody th")
+    assert names == [h.names[v] for v in h.level_classes[0]] + ["mean", "with background"]
+    rows = texts(page, "#confusion-tables .panel:first-child tbody tr")
+    assert len(rows) == len(h.level_classes[0])
+
+
+def test_a_row_of_the_confusion_adds_up_to_a_hundred(page):
+    cells = texts(page, "#confusion-tables .panel:last-child tbody tr:last-child td")
+    assert sum(map(float, cells)) == pytest.approx(100, abs=1)
+    page.execute_script(
+        "s = document.getElementById('share'); s.value = 'column'; s.dispatchEvent(new Event('change'))"
+    )
+    columns = texts(page, "#confusion-tables .panel:last-child tbody td:last-child")
+    assert sum(map(float, columns)) == pytest.approx(100, abs=1)
+
+
+def test_the_gallery_begins_with_the_worst_photo(page, site):
+    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[:PAGE]
+
+
+def test_photos_sort_at_every_level_and_the_other_way_round(page, site):
+    choose(page, sort="level-2", order="best")
+    score = {line["id"]: line["mIoU"][2] or 0 for line in site[1]}
+    shown = [score[sample_id] for sample_id in ids(page)]
+    assert shown == sorted(score.values(), reverse=True)[:PAGE]  # photos of equal score in any order
+    choose(page, sort="violations", order="worst")
+    assert ids(page) == in_order(site[1], lambda line: -line["violations"])[:PAGE]
+
+
+def test_photos_are_filtered_by_class(page, site):
+    choose(page, **{"class": "1", "where": "predicted"})
+    matching = [line for line in site[1] if 1 in line["predicted"]]
+    assert 0 < len(matching) < PHOTOS
+    assert texts(page, ".pager output")[0].endswith(f"of {len(matching)}")
+    choose(page, sort="class")
+    assert ids(page) == in_order(matching, lambda line: line["IoU"][1])[:PAGE]
+    choose(page, where="invented")
+    invented = [line["id"] for line in matching if 1 not in line["truth"]]
+    assert set(ids(page)) == set(invented[:PAGE])
+    choose(page, **{"class": "", "search": "PHOTO_0007"})
+    assert ids(page) == [sample_id(7)]
+    choose(page, search="no such photo")
+    assert texts(page, "#gallery") == ["No photo is like that."]
+
+
+def test_keys_turn_the_pages(page, site):
+    from selenium.webdriver.common.keys import Keys
+
+    order = in_order(site[1], lambda line: line["mIoU"][0])
+    for key, first in ((Keys.ARROW_RIGHT, PAGE), ("j", PAGE), ("k", 0), ("j", PAGE), (Keys.ARROW_LEFT, 0), ("k", 0)):
+        press(page, key)
+        assert ids(page) == order[first : first + PAGE]
+    page.find_element("id", "search").send_keys("j")  # typing is not paging
+    assert ids(page) == []
+
+
+def test_maps_are_drawn_in_the_colours_of_the_tree(page, h):
+    choose(page, level="all")
+    card = drawn_card(page)
+    number = int(card.get_attribute("data-id")[6:10])
+    labels, logits = draw(number, h)
+    leaves = DECODERS["logit_sum"](logits[None], h)[0]
+    drawn = page.execute_script(
+        "return [...arguments[0].querySelectorAll('canvas')].map((c) =>"
+        "[c.width, c.height, ...c.getContext('2d').getImageData(0, 0, c.width, c.height).data])",
+        card,
+    )
+    assert len(drawn) == 2 + 3 * h.num_levels  # on the photo, violations, and three a level
+    palette = np.full((256, 3), 110)
+    palette[: h.num_nodes] = h.colours
+    for level in range(h.num_levels):
+        for picture, wanted in ((2 + 3 * level, labels), (3 + 3 * level, leaves)):
+            pixels = np.array(drawn[picture][2:]).reshape(40, 60, 4)[..., :3]
+            assert np.array_equal(pixels, palette[h.level_of(wanted, level)])
+        differs = np.array(drawn[4 + 3 * level][2:]).reshape(40, 60, 4)[..., 0] == 179
+        truth = h.level_of(labels, level)
+        assert np.array_equal(differs, ((truth != h.level_of(leaves, level)) & (truth != VOID)).numpy())
+
+
+def test_pointing_at_a_pixel_tells_its_classes_and_scores(page, h):
+    card = drawn_card(page)
+    point_at(page, card.find_elements("class name", "picture")[3])
+    lines = texts(page, "#readout:not([hidden]) p")
+    labels, logits = draw(int(card.get_attribute("data-id")[6:10]), h)
+    x, y = page.execute_script(
+        "const s = document.querySelector('.card.pointed').style;"
+        "return [s.getPropertyValue('--x'), s.getPropertyValue('--y')].map(parseFloat)"
+    )
+    row, column = int(y / 100 * 40), int(x / 100 * 60)
+    truth = int(labels[row, column])
+    path = " › ".join(h.names[v] for v in h.paths[truth]) if truth != VOID else "void"
+    assert lines[0] == f"truth: {path}"
+    shares = [float(text.strip("⚠ %")) for text in texts(page, "#readout .node > span:last-child")]
+    expected = [100 * float(torch.sigmoid(logits[v, row, column])) for v in h.preorder]
+    assert shares == pytest.approx(expected, abs=1)
+
+
+def test_a_photo_opens_large_and_keys_go_on_from_there(page, site):
+    from selenium.webdriver.common.keys import Keys
+
+    order = in_order(site[1], lambda line: line["mIoU"][0])
+    drawn_card(page).find_element("css selector", "header button").click()
+    assert drawn_card(page, "#viewer").get_attribute("data-id") == order[0]
+    point_at(page, drawn_card(page, "#viewer").find_element("class name", "picture"))
+    press(page, *["j"] * 25)
+    point_at(page, drawn_card(page, "#viewer").find_elements("class name", "picture")[1])
+    assert texts(page, "#viewer #readout:not([hidden]) p")
+    assert drawn_card(page, "#viewer").get_attribute("data-id") == order[25]
+    assert texts(page, "#viewer-legend") == texts(page, "#legend")
+    press(page, Keys.ESCAPE)
+    assert texts(page, "#viewer .card") == []
+    assert ids(page) == order[24:]
+    assert page.switch_to.active_element.text == order[25]  # where one has been looking
+
+
+def test_the_pager_keeps_the_focus(page, site):
+    from selenium.webdriver.common.keys import Keys
+
+    bottom = page.find_elements("css selector", ".pager [aria-label='next page']")[1]
+    page.execute_script("arguments[0].focus()", bottom)
+    press(page, Keys.ENTER)
+    top = page.find_element("css selector", ".pager [aria-label='next page']")
+    assert page.switch_to.active_element == top
+    press(page, Keys.ENTER)  # there is no next page, and the button says so
+    assert top.get_attribute("aria-disabled") == "true"
+    assert page.switch_to.active_element == top
+    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[PAGE:]
+
+
+def test_nothing_moves_when_maps_arrive(page):
+    """So that a link to what lies below the photos leads there."""
+    before = page.execute_script("return document.querySelector('#details').getBoundingClientRect().top + scrollY")
+    page.execute_script("document.querySelectorAll('.card')[20].scrollIntoView()")
+    drawn_card(page)
+    assert (
+        page.execute_script("return document.querySelector('#details').getBoundingClientRect().top + scrollY") == before
+    )
+
+
+def test_six_photos_stand_in_a_row_and_are_larger_when_enlarged_on_a_phone(page):
+    tops = page.execute_script(
+        "return [...document.querySelectorAll('.card')].map((c) => c.getBoundingClientRect().top)"
+    )
+    assert tops[:7].count(tops[0]) == 6
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    drawn_card(page).find_element("css selector", "header button").click()
+    wide = [
+        drawn_card(page, place).find_element("class name", "picture").rect["width"] for place in ("#gallery", "#viewer")
+    ]
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide[1] > 2 * wide[0]
+
+
+def test_text_follows_the_data(page, browser, tmp_path):
+    assert texts(page, "#mean-note") == ["The mean leaves background out."]
+    totals = dict(zip(texts(page, ".total span"), texts(page, ".total b"), strict=True))
+    severity = float(totals.pop("mistake severity"))  # a height in the tree, not a share
+    assert 1 <= severity <= 3
+    assert {"ECE leaf", "ECE body", "violation rate"} < set(totals)
+    assert all(text.endswith(" %") for text in totals.values())
+    assert [link.get_attribute("href").split("/")[-1] for link in page.find_elements("css selector", "#files a")] == [
+        "scores.csv",
+        "scores.json",
+    ]
+    plain = hostile_tree(background=())
+    folder = tmp_path / "evaluation" / "best"
+    make_report(folder, plain, 1)
+    (tmp_path / "metrics.jsonl").write_text("")
+    report.write_report(folder, json.loads(data_of(folder))["scores"], [], plain)
+    browser.get((folder / "index.html").as_uri())
+    assert texts(browser, "#mean-note") == [""]
+    assert "with background" not in texts(browser, "#score-tables th")
+    assert texts(browser, "#files a")[-1] == "metrics.jsonl"
+
+
+def test_names_are_shown_as_they_are_spelt(page, h):
+    assert page.title == f"{EVIL}: best.pt"
+    assert page.find_element("id", "title").text == f"{EVIL}: best.pt"
+    shown = texts(page, "#legend span[title]")
+    assert [text.lstrip("›") for text in shown] == [h.names[v] for v in h.preorder]
+
+
+def test_the_page_asks_for_nothing_outside_its_folder(page, site):
+    drawn_card(page)
+    asked = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert [name for name in asked if not name.startswith((site[0].parent.as_uri(), "data:"))] == []
+    assert "http" not in site[0].read_text(encoding="utf-8")
+
+
+def test_nothing_is_wider_than_a_phone(page):
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    drawn_card(page)
+    wide = page.execute_script("return document.documentElement.scrollWidth")
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert wide <= 390
+
+
+def test_a_photo_whose_maps_are_gone_is_named_on_its_card(browser, tmp_path, h):
+    make_report(tmp_path, h, 1)
+    for script in (tmp_path / "pictures" / "report").glob("*.js"):
+        script.unlink()
+    browser.get((tmp_path / "index.html").as_uri())
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.execute_script("document.querySelector('.card').scrollIntoView()")
+    warning = WebDriverWait(browser, 20).until(lambda page: texts(page, ".card .warning"))
+    browser.get_log("browser")  # the missing file is reported there, rightly
+    assert "is missing" in warning[0]
+
+
+def data_of(folder: Path) -> str:
+    """The JSON in a page."""
+    return (folder / "index.html").read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
+
+
+def test_1817_photos_open_as_a_page_of_24(browser, tmp_path, h):
+    lines = make_report(tmp_path, h, 1)
+    many = [lines[0] | {"id": f"{i:04}"} for i in range(1817)]
+    folder = tmp_path / "pictures" / "report"
+    script, photo = next(folder.glob("*.js")).read_text(), next(folder.glob("*.jpg"))
+    for line in many[-24:]:
+        (folder / f"{line['id']}.js").write_text(script.replace(json.dumps(sample_id(0)), json.dumps(line["id"])))
+        shutil.copy(photo, folder / f"{line['id']}.jpg")
+    report.write_report(tmp_path, json.loads(data_of(tmp_path))["scores"], many, h)
+    browser.get((tmp_path / "index.html").as_uri())
+    assert len(ids(browser)) == PAGE
+    assert texts(browser, ".pager output")[0] == "1–24 of 1,817"
+    browser.execute_script("document.querySelector('[aria-label=\"last page\"]').click()")
+    browser.get_log("browser")  # the first page's photos were not written here
+    assert drawn_card(browser).get_attribute("data-id") == "1800"
+    choose(browser, order="best", sort="id")
+    assert ids(browser)[0] == "1816"
