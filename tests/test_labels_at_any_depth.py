@@ -50,6 +50,7 @@ def level2_score(images, labels, used, tree) -> float:
     return meter.compute()["mIoU2"]
 
 
+@pytest.mark.slow
 def test_half_labelled_photos_help_at_their_level(photos, tree):
     images, labels = photos
     mixed = labels.clone()
