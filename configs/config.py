@@ -399,7 +399,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.encoders:
         encoders = importlib.import_module("models.encoders.torchvision")  # here alone does a config ask a model
-        print(*encoders.names(), sep="\n")
+        print(*encoders.listing(), "timm:NAME            any network of timm, where it is installed", sep="\n")
         return
     config = load_config(arguments.cfg, arguments.overrides)
     path = REPOSITORY / "configs" / f"{config.exp_name}.json"

@@ -1,12 +1,12 @@
-"""Charts of lines and of intervals."""
+"""Charts of lines and of intervals, drawn by matplotlib where it is installed (requirements-charts.txt)."""
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-from matplotlib.ticker import MaxNLocator
+from utils.errors import UserError
 
 Points = Sequence[tuple[float, float]]
 
@@ -14,6 +14,14 @@ Points = Sequence[tuple[float, float]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#282828")
 DASHES = ("-", "--", ":")  # a second and third round of colours is dashed, then dotted
 UNCLEAR = "#969696"
+
+
+MISSING = "charts need the package matplotlib; install it: pip install -r requirements-charts.txt"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def line_chart(
@@ -28,13 +36,13 @@ def line_chart(
 
     Points that are not finite are left out, so that a line ends where it has no value.
 
-    Raises: ValueError when no series has a point to draw.
+    Raises: ValueError when no series has a point to draw, UserError where matplotlib is missing.
     """
     lines = {name: sorted(p for p in points if all(map(math.isfinite, p))) for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         raise ValueError(f"{path}: nothing to draw in {', '.join(series) or 'no series'}")
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    figure = _figure(4.8)
     axes = figure.subplots()
     marker = "o" if max(map(len, lines.values())) <= 40 else ""
     for number, (name, points) in enumerate(lines.items()):
@@ -43,7 +51,7 @@ def line_chart(
         if band := sorted(b for b in (bands or {}).get(name, []) if all(map(math.isfinite, b))):
             axes.fill_between(*zip(*band, strict=True), color=colour, alpha=0.18, linewidth=0)
     if all(float(x).is_integer() for points in lines.values() for x, _ in points):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -66,12 +74,12 @@ def interval_chart(groups: Mapping[str, Sequence[Interval]], path: Path, title: 
 
     Clear ones are blue right of 0 and orange left of it, all others grey.
 
-    Raises: ValueError when there is nothing to draw.
+    Raises: ValueError when there is nothing to draw, UserError where matplotlib is missing.
     """
     if not any(groups.values()):
         raise ValueError(f"{path}: nothing to draw")
     heights = [len(rows) + 0.6 for rows in groups.values()]
-    figure = Figure(figsize=(9, 1.1 + 0.3 * sum(heights)), layout="constrained")
+    figure = _figure(1.1 + 0.3 * sum(heights))
     panels = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (heading, rows) in zip(panels, groups.items(), strict=True):
         for y, row in enumerate(rows):
@@ -89,7 +97,15 @@ def interval_chart(groups: Mapping[str, Sequence[Interval]], path: Path, title: 
     _finish(figure, panels, "x", path)
 
 
-def _finish(figure: Figure, panels: Sequence, grid: str, path: str | Path) -> None:
+def _figure(height: float):
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    except ImportError:
+        raise UserError(MISSING) from None
+    return Figure(figsize=(9, height), layout="constrained")
+
+
+def _finish(figure, panels: Sequence, grid: str, path: str | Path) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis=grid, color="#e4e4e4")

@@ -1,11 +1,13 @@
 """Comparing experiments: statistics against loops and hand values, what is refused, what the reports say."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -361,3 +363,14 @@ def test_charts_show_each_line_and_each_clear_difference_in_its_colour(tmp_path:
     for draw in (lambda: line_chart({"a": [(1, math.nan)]}, path), lambda: interval_chart({}, path)):
         with pytest.raises(ValueError, match="nothing to draw"):
             draw()
+
+
+def test_without_matplotlib_only_the_charts_are_missing_and_it_says_so(runs, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    tool.write_report(compared(runs), tmp_path / "out", "comparison", "title")
+    assert not [*(tmp_path / "out").glob("*_mIoU1.png")]
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text()):
+        assert "pip install -r requirements-charts.txt" in text
+    with pytest.raises(UserError, match="requirements-charts"):
+        line_chart({"a": [(1, 1), (2, 2)]}, tmp_path / "chart.png")

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from configs.config import DECODE_RULES
-from manage.charts import Interval, interval_chart, line_chart
+from manage.charts import MISSING, Interval, can_draw, interval_chart, line_chart
 from manage.comparison import CONFIDENCE, Comparison, Experiment, compare, load_experiment, mean_and_spread, points
 from manage.predictor import Predictor
 from utils import visualize
@@ -69,6 +69,8 @@ def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes
         write_json(to_record(comparison) | {"notes": list(notes)}, out / f"{stem}.json")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    if not can_draw():
+        print(f"without its charts: {MISSING}")
     print(f"wrote {out / stem}.html, .md, .tex and .json")
 
 
@@ -84,7 +86,8 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
     photos = len(comparison.experiments[0].ids)
     seeds = "mean ± standard deviation over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else "one seed"
     about = f"Percent on {photos:,} whole val photos, {seeds}. mIoU is without background, mistake severity a height."
-    blocks: list[Block] = [Heading(title), Items([*notes, about]), score_table(comparison)]
+    notes = [*notes, about, *([] if can_draw() else [f"Without its charts: {MISSING}."])]
+    blocks: list[Block] = [Heading(title), Items(notes), score_table(comparison)]
     if comparison.differences:
         method = (
             f"Differences in points; {CONFIDENCE:.0%} interval from a paired bootstrap over the val photos. Better or "
@@ -98,7 +101,7 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
         blocks += side_by_side(comparison, path)
     for level, name in enumerate(comparison.hierarchy.level_names):
         blocks += [Heading(f"IoU per class: {name}"), class_table(comparison, level)]
-    blocks += [*rule_table(comparison), Heading("Curves"), *draw_curves(comparison, path)]
+    blocks += [*rule_table(comparison), *draw_curves(comparison, path)]
     if comparison.differing:
         rows = [[key, *(json.dumps(value) for value in values)] for key, values in comparison.differing.items()]
         header = ["key", *(group.label for group in comparison.groups)]
@@ -210,7 +213,7 @@ def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
             is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1  # one seed may be any seed
             row = Interval(d.second, *numbers, [100 * value for value in d.by_seed.values()], is_clear)
             rows.setdefault(f"{d.score} ({d.level_name})", []).append(row)
-    if not rows:
+    if not rows or not can_draw():
         return []
     picture = Picture("differences", path.with_name(f"{path.name}_differences.png"))
     unit = f"points; bar: {CONFIDENCE:.0%} over photos; ring: one seed; coloured: better or worse, with several seeds"
@@ -218,20 +221,20 @@ def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
     return [picture]
 
 
-def draw_curves(comparison: Comparison, path: Path) -> list[Picture]:
+def draw_curves(comparison: Comparison, path: Path) -> list[Block]:
     """loss_train and the mIoU of each level: mean over seeds, and their range as a band."""
     pictures = []
     for name in ("loss_train", *(f"mIoU{level + 1}" for level in range(comparison.hierarchy.num_levels))):
         factor, unit = (1, ", each of its own criterion") if name == "loss_train" else (100, " (%), val")
         bands = {group.label: curve(group.experiments, name, factor) for group in comparison.groups}
         series = {label: [(epoch, mean) for epoch, mean, _, _ in band] for label, band in bands.items() if band}
-        if series:
+        if series and can_draw():
             picture = Picture(name, path.with_name(f"{path.name}_{name}.png"))
             shade = "; shaded: range over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else ""
             ranges = {label: [(epoch, low, high) for epoch, _, low, high in band] for label, band in bands.items()}
             line_chart(series, picture.path, name, "epoch", f"{name}{unit}{shade}", ranges)
             pictures.append(picture)
-    return pictures
+    return [Heading("Curves"), *pictures] if pictures else []
 
 
 def curve(experiments: Sequence[Experiment], name: str, factor: float) -> list[tuple[int, float, float, float]]:

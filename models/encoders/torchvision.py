@@ -1,6 +1,7 @@
 """torchvision's classification networks as encoders: feature maps instead of one class."""
 
 import difflib
+from pathlib import Path
 
 import torch
 import torchvision
@@ -19,6 +20,16 @@ def names() -> list[str]:
     """The networks that can be an encoder."""
     every = torchvision.models.list_models(module=torchvision.models)
     return [name for name in every if not name.startswith(DO_NOT_FIT)]
+
+
+def listing() -> list[str]:
+    """A line for each network: its name, millions of parameters as a classifier, and where its weights are."""
+    lines, cache = [], Path(torch.hub.get_dir()) / "checkpoints"
+    for name in names():
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        place = "here" if (cache / Path(weights.url).name).is_file() else "to be downloaded"
+        lines.append(f"{name:<20}{weights.meta['num_params'] / 1e6:7.1f} M   weights {place}")
+    return lines
 
 
 class TorchvisionEncoder(nn.Module):
