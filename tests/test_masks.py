@@ -186,6 +186,14 @@ def test_16_bit_png_values_are_merged_by_their_classes(encode, tree):
         encode(lambda folder: Image.fromarray(values).save(folder / "a.png"), names)
 
 
+def test_masks_in_the_usual_order_of_pascal_person_part_reach_the_right_classes(encode, tree):
+    """Read as the tree's ids, they would put arms into the lower body."""
+    usual = np.array([[0, 1, 2, 3], [4, 5, 6, 255]], np.uint8)
+    classes = read_classes(TREES / "pascal_part_classes.txt", tree.names)
+    meant = [[0, 4, 2, 6], [1, 5, 3, 255]]  # written out by hand on purpose
+    assert encode(lambda folder: Image.fromarray(usual).save(folder / "a.png"), classes).tolist() == meant
+
+
 def test_a_class_list_of_the_tree_s_own_ids_leaves_inner_nodes_as_they_are(encode, tree):
     inner = np.where(LABELS == 6, 8, LABELS)
     classes = {str(leaf): tree.names[leaf] for leaf in tree.leaves}

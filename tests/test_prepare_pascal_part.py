@@ -1,4 +1,4 @@
-"""The preparation tool: each kind of source gives the right labels, and what is wrong is told by id."""
+"""The preparation tool: raw annotations give the right labels, and what is wrong is told by id."""
 
 import json
 import sys
@@ -15,10 +15,7 @@ from utils.images import read_labels
 from utils.pascal_part import CLASS_OF_PART
 
 WIDTH, HEIGHT = 12, 9
-# id in the standard order -> id in our tree, void unchanged; written out by hand on purpose
-STANDARD_TO_TREE = {0: 0, 1: 4, 2: 2, 3: 6, 4: 1, 5: 5, 6: 3, 255: 255}
 OFFICIAL_TRAIN, OFFICIAL_VAL = "2008_000008", "2008_000003"
-STANDARD_CLASSES = "0: background\n1: head\n2: torso\n3: upper arm\n4: Lower Arms\n5: upper-leg\n6: lower_leg\n"
 
 
 @pytest.fixture
@@ -41,8 +38,10 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """Three photos with masks in the standard order."""
-    return masks(tmp_path / "own", dict.fromkeys("abc", every_label(255)), STANDARD_CLASSES)
+    """Three annotated photos, none of them in the official lists."""
+    for sample_id in "abc":
+        person(sample_id, tmp_path / "own")
+    return tmp_path / "own"
 
 
 def photo(folder: Path, sample_id: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
@@ -79,21 +78,6 @@ def annotation(folder: Path, sample_id: str, *things: tuple) -> None:
 def person(sample_id: str, root: Path) -> None:
     annotation(root / "Annotations_Part", sample_id, thing("person", ("torso", box(2, 6))))
     photo(root / "JPEGImages", sample_id)
-
-
-def masks(root: Path, labels: dict[str, np.ndarray], classes: str | None, suffix: str = ".png") -> Path:
-    (root / "gt_masks").mkdir(parents=True)
-    for sample_id, label_map in labels.items():
-        photo(root / "JPEGImages", sample_id)
-        path = root / "gt_masks" / f"{sample_id}{suffix}"
-        np.save(path, label_map) if suffix == ".npy" else Image.fromarray(label_map).save(path)
-    if classes:
-        (root / "classes.txt").write_text(classes)
-    return root
-
-
-def every_label(*extra: int) -> np.ndarray:
-    return np.resize(np.array([0, 1, 2, 3, 4, 5, 6, *extra], np.uint8), (HEIGHT, WIDTH))
 
 
 def record_of(out: Path) -> dict:
@@ -186,81 +170,37 @@ def test_real_annotations_equal_the_released_masks_in_every_pixel(pascal_part_ra
         assert np.array_equal(label_map(out, sample_id), labels), sample_id
 
 
-# ---- masks in the standard order, and in the project's own layout ------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["option", "classes.txt"])
-def test_standard_order_masks_reach_the_right_classes_and_keep_void(own, run, out, how):
-    if how == "option":
-        (own / "classes.txt").unlink()
-        with pytest.raises(UserError, match=r"nothing says .* --order standard"):
-            run(own)
-    assert run(own, *(["--order", "standard"] if how == "option" else [])) == 0
-    assert np.array_equal(label_map(out, "a"), np.vectorize(STANDARD_TO_TREE.get)(every_label(255)))
-    void = next(row for row in record_of(out)["classes"] if row["name"] == "void")
-    assert void["train_pixels"] == 2 * (every_label(255) == 255).sum()
-
-
-def test_an_order_that_contradicts_classes_txt_is_refused(own, run):
-    with pytest.raises(UserError, match=r"--order project means .*classes\.txt says"):
-        run(own, "--order", "project")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".npy"])
-def test_project_masks_are_matched_by_name_whatever_their_numbers(tmp_path, run, out, suffix):
-    labels = np.resize(np.array([0, 3, 9, 255], np.uint8), (HEIGHT, WIDTH))
-    assert run(masks(tmp_path / "own", {"a": labels, "b": labels}, "0: bg\n3: up_leg\n9: head", suffix)) == 0
-    assert np.array_equal(label_map(out, "b"), np.vectorize({0: 0, 3: 5, 9: 4, 255: 255}.get)(labels))
-    assert (out / "classes.txt").read_text().startswith("0: background\n1: low_hand\n2: torso\n")
-
-
-def test_labels_that_the_class_list_lacks_and_double_masks_are_told_by_id(own, run, out):
-    Image.fromarray(every_label(77)).save(own / "gt_masks" / "c.png")
-    np.save(own / "gt_masks" / "a.npy", every_label())
-    Image.fromarray(every_label()).save(own / "gt_masks" / "no photo.png")
-    photo(own / "JPEGImages", "d")
-    Image.fromarray(every_label()).save(own / "gt_masks" / "d.png")
-    assert run(own) == 1
-    problems = record_of(out)["problems"]
-    assert sorted(problems) == ["a", "c", "no photo"]
-    assert "77" in problems["c"]
-
-
 # ---- finding, splitting, writing ---------------------------------------------------------------------------
 
 
-def test_folders_given_one_by_one_need_no_source(tmp_path, run, out):
-    for sample_id in ("a", "b"):
-        person(sample_id, tmp_path)
-    (tmp_path / "Annotations_Part").rename(tmp_path / "x")
-    (tmp_path / "JPEGImages").rename(tmp_path / "y")
+def test_folders_given_one_by_one_need_no_source(tmp_path, own, run, out):
+    (own / "Annotations_Part").rename(tmp_path / "x")
+    (own / "JPEGImages").rename(tmp_path / "y")
     assert run("--annotations", tmp_path / "x", "--photos", tmp_path / "y") == 0
     assert (label_map(out, "a") == box(2, 6) * 2).all()
 
 
-def test_two_possible_sources_are_named_and_masks_that_nothing_explains_are_none(own, run, out):
-    for sample_id in ("c", "d"):
-        person(sample_id, own)
-    with pytest.raises(UserError, match=r"Annotations_Part.*gt_masks; choose by --annotations"):
+def test_a_missing_a_doubled_and_an_empty_folder_are_named(own, run):
+    (own / "copy" / "JPEGImages").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"several folders .*JPEGImages.*; choose by --photos"):
         run(own)
-    (own / "classes.txt").unlink()
-    assert run(own) == 0
-    assert sorted(p.stem for p in (out / "gt_masks").iterdir()) == ["c", "d"]
+    (own / "copy" / "JPEGImages").rename(own / "copy" / "Annotations_Part")
+    with pytest.raises(UserError, match=r"several folders .*; choose by --annotations"):
+        run(own)
+    with pytest.raises(UserError, match=r"holds no \.mat file.*dataset_hie_enc"):
+        run(own, "--annotations", own / "copy" / "Annotations_Part")
+    with pytest.raises(UserError, match="no folder named JPEGImages"):
+        run(own / "Annotations_Part")
 
 
-@pytest.mark.parametrize("missing", ["JPEGImages", "Annotations_Part"])
-def test_a_missing_folder_is_named(tmp_path, run, missing):
-    person("a", tmp_path / "raw")
-    (tmp_path / "raw" / missing).rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=missing):
-        run(tmp_path / "raw")
-
-
-def test_lists_beside_the_masks_are_kept(own, run, out):
-    (own / "train_id.txt").write_text("b\n")
-    (own / "val_id.txt").write_text("c\na\n")
-    assert run(own) == 0
-    assert read_ids(out / "val_id.txt") == ["c", "a"]
+def test_a_share_of_val_draws_a_split_in_place_of_the_official_one(tmp_path, run, out):
+    for sample_id in (OFFICIAL_TRAIN, OFFICIAL_VAL, "a", "b"):
+        person(sample_id, tmp_path / "raw")
+    assert run(tmp_path / "raw", "--val-share", 0.75) == 0
+    assert len(read_ids(out / "val_id.txt")) == 3
+    assert run(tmp_path / "raw", "--overwrite") == 0
+    assert read_ids(out / "val_id.txt") == [OFFICIAL_VAL]
+    assert record_of(out)["left_out"] == {"not in the split": 2}
 
 
 def test_the_official_lists_are_complete_and_disjoint():
@@ -283,7 +223,7 @@ def test_a_second_run_completes_the_folder_and_redoes_what_changed(own, run, out
     assert run(own) == 0
     kept = (out / "gt_masks" / "a.png").stat().st_mtime_ns
     (out / "gt_masks" / "b.png").unlink()
-    Image.fromarray(np.full((HEIGHT, WIDTH), 1, np.uint8)).save(own / "gt_masks" / "c.png")
+    annotation(own / "Annotations_Part", "c", thing("person", ("head", box(0, WIDTH))))
     assert run(own) == 0
     assert (out / "gt_masks" / "a.png").stat().st_mtime_ns == kept
     assert (label_map(out, "c") == 4).all()
@@ -296,7 +236,7 @@ def test_a_second_run_completes_the_folder_and_redoes_what_changed(own, run, out
 def test_the_source_is_never_the_output_nor_the_output_the_source(own, run):
     with pytest.raises(UserError, match="holds the source"):
         run(own, "--out", own, "--overwrite")
-    assert (own / "gt_masks" / "a.png").is_file()
+    assert (own / "JPEGImages" / "a.jpg").is_file()
     for _ in range(2):
         assert run(own, "--out", own / "prepared") == 0
 
@@ -310,7 +250,8 @@ def test_photos_are_linked_or_copied(own, run, out, copy):
 
 
 def test_no_usable_photo_at_all_is_an_error_that_lists_them(own, run, capsys):
-    (own / "classes.txt").write_text("0: bg\n1: head\n")
+    for path in (own / "JPEGImages").iterdir():
+        path.unlink()
     with pytest.raises(UserError, match="no photo of 3"):
         run(own)
     assert "  a: " in capsys.readouterr().out
@@ -327,8 +268,7 @@ def test_options_that_make_no_sense_end_with_status_2(run, arguments):
 
 
 def test_check_passes_a_prepared_folder_and_finds_each_kind_of_damage(own, run, out, capsys):
-    photo(own / "JPEGImages", "d")
-    Image.fromarray(every_label()).save(own / "gt_masks" / "d.png")
+    person("d", own)
     assert run(own, "--copy") == 0
     assert run("--check", out) == 0
     with Image.open(out / "contact_sheet.jpg") as sheet:
@@ -338,16 +278,16 @@ def test_check_passes_a_prepared_folder_and_finds_each_kind_of_damage(own, run, 
     (out / "JPEGImages" / "a.jpg").unlink()
     (out / "gt_masks" / "b.png").write_bytes(b"no picture")
     photo(out / "JPEGImages", "c", (4, 4))
-    Image.fromarray(every_label(44)).save(out / "gt_masks" / "d.png")
+    Image.fromarray(box(0, 3) * 44).save(out / "gt_masks" / "d.png")
     photo(out / "JPEGImages", "stranger")
-    (out / "classes.txt").write_text(STANDARD_CLASSES)
     (out / "val_id.txt").write_text("a\nghost\n")
     (out / "train_id.txt").write_text("a\nb\nc\nd\n")
+    (out / "dataset.json").write_text(json.dumps(record_of(out) | {"complete": False}))
     assert run("--check", out) == 1
     told = capsys.readouterr().out
     for words in ("a", "b", "c", "d", "ghost"):
         assert f"  {words}: " in told
-    for words in ("label 44 at row", "not in the tree's order", "in both train and val: a", "that of stranger"):
+    for words in ("label 44 at row", "did not finish", "in both train and val: a", "that of stranger"):
         assert words in told
     with pytest.raises(UserError, match="does not exist"):
         run("--check", out / "nothing")

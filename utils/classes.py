@@ -21,7 +21,7 @@ _VALUE = r"(?:\d+|#[0-9a-fA-F]{6}|\*)"
 _PAIR = rf"\s*([^\s:,;][^:,;]*?)\s*[:=]\s*({_VALUE}(?:[\s,]+{_VALUE})*)\s*"
 
 
-def read_classes(path: str | Path, names: Sequence[str], aliases: Mapping[str, str] = ALIASES) -> dict[str, str]:
+def read_classes(path: str | Path, names: Sequence[str]) -> dict[str, str]:
     """Value ("24"), colour ("#dc143c") or "*" (all others) -> name in the tree (`names`), or "void".
 
     A line is `24: person`, or `person: 24, 25, #dc143c` (several values for one class, several classes a line); or
@@ -44,7 +44,7 @@ def read_classes(path: str | Path, names: Sequence[str], aliases: Mapping[str, s
         if plain and plain != len(order) + 1:
             raise UserError(f"{path}: {line!r} has no value, other lines have; write every line as 'value: name'")
         for text, values in pairs:
-            name = _name_in_tree(text, names, aliases, f"{path}: {line!r}")
+            name = _name_in_tree(text, names, f"{path}: {line!r}")
             for value in values:
                 if value in order or (value.isdigit() and int(value) > LARGEST) or (plain and name in order.values()):
                     raise UserError(f"{path}: {line!r} repeats a value or a class, or the value is above {LARGEST}")
@@ -87,16 +87,16 @@ def _values(text: str) -> list[str]:
     return [str(int(value)) if value.isdigit() else value.lower() for value in re.findall(_VALUE, text)]
 
 
-def _name_in_tree(text: str, names: Sequence[str], aliases: Mapping[str, str], where: str) -> str:
+def _name_in_tree(text: str, names: Sequence[str], where: str) -> str:
     plain = {_plain(name): name for name in reversed(names)}
     name = _plain(text)
     for candidate in (name, name.removesuffix("s")):
-        candidate = _plain(aliases.get(candidate, candidate))
+        candidate = ALIASES.get(candidate, candidate)
         if candidate in plain:
             return plain[candidate]
         if candidate in VOID_NAMES:
             return VOID
-    close = difflib.get_close_matches(name, [*names, *aliases], n=1)
+    close = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
     hint = f", did you mean {close[0]!r}?" if close else ""
     raise UserError(f"{where} names no class of the tree{hint}; known names: {', '.join([*names, VOID])}")
 
