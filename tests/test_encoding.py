@@ -204,14 +204,11 @@ def test_only_what_the_lists_name_must_be_whole(folder, tree, capsys):
         check_encoded(encoding, ["torn", "never seen"], Path("train_id.txt"), tolerate=2)
 
 
-@pytest.mark.parametrize("fault", ["mask", "photo"])
-def test_what_is_spoilt_after_encoding_is_named(folder, tree, fault):
+def test_what_is_spoilt_after_encoding_is_named(folder, tree):
     encode(folder, tree)
-    if fault == "mask":
-        write_mask(folder, "a", np.full((2, 4), 77, np.uint8))
-    else:
-        write_photo(folder, "a", (9, 9))
-    with pytest.raises(UserError, match={"mask": "label 77 at row 0, column 0", "photo": "a.jpg is 9x9"}[fault]):
+    write_mask(folder, "a", np.full((2, 4), 77, np.uint8))
+    write_photo(folder, "b", (9, 9))
+    with pytest.raises(UserError, match=r"label 77 at row 0, column 0(.|\n)*b\.jpg is 9x9"):
         encode(folder, tree)
 
 

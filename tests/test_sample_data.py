@@ -53,7 +53,7 @@ def test_the_photo_shows_what_the_mask_says():
     assert np.mean(inside) > 3 * np.mean(outside)
 
 
-def test_the_same_settings_again_do_nothing_and_others_are_refused(tmp_path):
+def test_a_set_is_kept_or_finished_and_other_settings_are_refused(tmp_path):
     out, settings = tmp_path / "set", Settings(train=1, val=1, size=32)
     assert make_data_set(settings, out)
     before = files_of(out)
@@ -62,16 +62,11 @@ def test_the_same_settings_again_do_nothing_and_others_are_refused(tmp_path):
         make_data_set(Settings(train=1, val=1, size=32, seed=1), out)
     assert files_of(out) == before
 
-
-def test_an_interrupted_drawing_is_finished(tmp_path):
-    out, settings = tmp_path / "set", Settings(train=1, val=1, size=32)
-    make_data_set(settings, out)
-    whole = files_of(out)
     record = json.loads((out / "dataset.json").read_text())
     (out / "dataset.json").write_text(json.dumps(record | {"complete": False}))
     (out / "gt_masks" / f"{sample_id(1)}.png").unlink()
     assert make_data_set(settings, out)
-    assert files_of(out) == whole
+    assert files_of(out) == before
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

@@ -21,8 +21,7 @@ from utils.classes import read_classes, warnings_of
 from utils.cli import run_main
 from utils.encoder import Wishes, encode_folder
 from utils.errors import UserError
-from utils.files import write_whole
-from utils.ids import draw_split, read_ids
+from utils.ids import draw_split, read_ids, write_ids
 
 MASKS, CLASSES = "gt_masks", "classes.txt"
 
@@ -90,7 +89,7 @@ def write_lists(config: Config, split: str, seed: int, sources: dict[str, str]) 
         path = config.ids_file(part)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole("".join(f"{sample_id}\n" for sample_id in ids), path)
+            write_ids(ids, path)
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}); set {part}_sample_ids_file elsewhere") from error
         print(f"{path}: {len(ids)} ids")

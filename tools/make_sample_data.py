@@ -25,6 +25,7 @@ from PIL import Image, ImageFilter
 from utils.cli import map_files, run_main
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_whole
+from utils.ids import write_ids
 
 REPO = Path(__file__).resolve().parents[1]
 CLASSES = ("bg", "low_hand", "torso", "low_leg", "head", "up_leg", "up_hand")  # position = label id
@@ -197,16 +198,16 @@ def _pose(person: Person, rng: Generator) -> dict[str, np.ndarray]:
             thigh *= rng.uniform(0.5, 0.8)  # foreshortened
         shoulder = joints["neck"] - up * 0.045 * h + sideways * side * (1 - 0.75 * turn) * 0.085 * h * person.build
         hip = sideways * side * (1 - 0.7 * turn) * 0.05 * h * person.build
-        joints[f"{name}_shoulder"] = shoulder
-        joints[f"{name}_elbow"] = shoulder + _direction(lean + arm) * 0.165 * h
-        joints[f"{name}_wrist"] = joints[f"{name}_elbow"] + _direction(lean + arm + elbow) * 0.145 * h
-        joints[f"{name}_fingers"] = joints[f"{name}_wrist"] + _direction(lean + arm + elbow * 1.1) * 0.06 * h
-        joints[f"{name}_hip"] = hip
-        joints[f"{name}_knee"] = hip + _direction(leg) * thigh
-        joints[f"{name}_ankle"] = joints[f"{name}_knee"] + _direction(leg + knee) * 0.23 * h
         outwards = facing * 75 if turn > 0.2 else side * rng.uniform(15, 60)
-        joints[f"{name}_toes"] = joints[f"{name}_ankle"] + _direction(leg + knee + outwards) * 0.07 * h
+        arms = (lean + arm, 0.165 * h), (lean + arm + elbow, 0.145 * h), (lean + arm + elbow * 1.1, 0.06 * h)
+        joints[f"{name}_arm"] = _chain(shoulder, *arms)
+        joints[f"{name}_leg"] = _chain(hip, (leg, thigh), (leg + knee, 0.23 * h), (leg + knee + outwards, 0.07 * h))
     return joints
+
+
+def _chain(start: np.ndarray, *bones: tuple[float, float]) -> np.ndarray:
+    """The joints of a limb, each bone given by its direction and length. Shape: (2,) -> (bones + 1, 2)."""
+    return np.cumsum([start, *(_direction(degrees) * length for degrees, length in bones)], axis=0)
 
 
 def draw_person(canvas: Canvas, person: Person, rng: Generator) -> None:
@@ -228,7 +229,7 @@ def draw_person(canvas: Canvas, person: Person, rng: Generator) -> None:
 
 
 def _draw_arm(canvas: Canvas, person: Person, side: str) -> None:
-    shoulder, elbow, wrist, fingers = (person.joints[f"{side}_{j}"] for j in ("shoulder", "elbow", "wrist", "fingers"))
+    shoulder, elbow, wrist, fingers = person.joints[f"{side}_arm"]
     upper = person.skin if person.sleeve == "none" else person.shirt
     lower = person.shirt if person.sleeve == "long" else person.skin
     canvas.draw(shoulder, elbow, UPPER_ARM, upper, UP_HAND, person.build)
@@ -237,7 +238,7 @@ def _draw_arm(canvas: Canvas, person: Person, side: str) -> None:
 
 
 def _draw_leg(canvas: Canvas, person: Person, side: str) -> None:
-    hip, knee, ankle, toes = (person.joints[f"{side}_{joint}"] for joint in ("hip", "knee", "ankle", "toes"))
+    hip, knee, ankle, toes = person.joints[f"{side}_leg"]
     thigh_width = person.build * 0.24 * person.height / max(np.hypot(*(knee - hip)), 1)
     shin = person.trousers if person.legwear == "long" else person.skin
     canvas.draw(ankle, toes, FOOT, person.shoes, LOW_LEG)
@@ -330,7 +331,7 @@ def draw_people(canvas: Canvas, rng: Generator) -> None:
     heights = height * (rng.uniform(1.2, 1.9, 1) if close_up else np.sort(rng.uniform(0.75, 0.98, count)))
     for slot, tall in zip(rng.permutation(count), heights, strict=True):
         person = make_person(rng, tall)
-        ys = np.array([joint[1] for joint in person.joints.values()])
+        ys = np.vstack(list(person.joints.values()))[:, 1]
         x = width * ((slot + 0.5) / count + rng.normal(0, 0.09))
         top = height * rng.uniform(0.02, 0.2) if close_up else height * rng.uniform(0.9, 0.99) - np.ptp(ys)
         hips = np.array([x, top - ys.min()])
@@ -391,18 +392,15 @@ def make_data_set(settings: Settings, out: Path) -> bool:
     """
     if _is_complete(settings, out):
         return False
-    record, count = (
-        {"made_by": "make_sample_data", "complete": False, "settings": asdict(settings)},
-        settings.train + settings.val,
-    )
-    ids = [sample_id(index) for index in range(count)]
+    record = {"made_by": "make_sample_data", "complete": False, "settings": asdict(settings)}
+    ids = [sample_id(index) for index in range(settings.train + settings.val)]
     try:
         for folder in ("JPEGImages", "gt_masks"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         write_json(record, out / "dataset.json")
         map_files(partial(_write_sample, settings=settings, out=out), range(len(ids)), "drawing")
-        for split, listed in (("train", ids[: settings.train]), ("val", ids[settings.train :])):
-            write_whole("".join(f"{listed_id}\n" for listed_id in listed), out / f"{split}_id.txt")
+        write_ids(ids[: settings.train], out / "train_id.txt")
+        write_ids(ids[settings.train :], out / "val_id.txt")
         write_whole("".join(f"{label}: {name}\n" for label, name in enumerate(CLASSES)), out / "classes.txt")
         write_json(record | {"complete": True}, out / "dataset.json")
     except OSError as error:

@@ -32,7 +32,7 @@ from utils.encoder import mask_reader
 from utils.errors import UserError
 from utils.files import read_json, set_aside, write_json, write_whole
 from utils.hierarchy import Hierarchy
-from utils.ids import PhotoFolder, draw_split, files_below, id_fault, read_ids, same_form
+from utils.ids import PhotoFolder, draw_split, files_below, id_fault, read_ids, same_form, write_ids
 from utils.images import read_labels, read_photo, write_indexed
 from utils.masks import MaskReader, find_masks
 from utils.pascal_part import LeftOut, import_loadmat, paint, read_annotation
@@ -82,7 +82,7 @@ def prepare(args: argparse.Namespace, h: Hierarchy) -> int:
     left_out |= dict.fromkeys(set(counts).difference(*split.values()), "not in the split")
     write_whole("".join(f"{leaf}: {h.names[leaf]}\n" for leaf in h.leaves), args.out / CLASSES)
     for name, ids in split.items():
-        write_whole("".join(f"{sample_id}\n" for sample_id in ids), args.out / f"{name}_id.txt")
+        write_ids(ids, args.out / f"{name}_id.txt")
     record |= {
         "complete": True,
         "split": {"kind": kind} | {name: len(ids) for name, ids in split.items()},

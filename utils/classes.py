@@ -56,18 +56,14 @@ def read_classes(path: str | Path, names: Sequence[str]) -> dict[str, str]:
 
 def warnings_of(hierarchy: "Hierarchy", classes: Mapping[str, str] | None) -> list[str]:
     """What is allowed, but rarely meant: a background without its flag, a class that no mask can hold."""
-    found = []
-    for root in hierarchy.roots:
-        if hierarchy.names[root].lower() in BACKGROUND and not (
-            hierarchy.children[root] or root in hierarchy.background
-        ):
-            found.append(
-                f"the root '{hierarchy.names[root]}' of the tree '{hierarchy.name}' is scored like any class; if it is "
-                f'background, give node {root} of the tree file "background": true'
-            )
-    unused = [
-        hierarchy.names[leaf] for leaf in hierarchy.leaves if hierarchy.names[leaf] not in (classes or {}).values()
+    names, lonely = hierarchy.names, set(hierarchy.roots) & set(hierarchy.leaves)
+    found = [
+        f"the root '{names[root]}' of the tree '{hierarchy.name}' is scored like any class; if it is background, give "
+        f'node {root} of the tree file "background": true'
+        for root in sorted(lonely.difference(hierarchy.background))
+        if names[root].lower() in BACKGROUND
     ]
+    unused = [names[leaf] for leaf in hierarchy.leaves if names[leaf] not in (classes or {}).values()]
     if classes and unused:
         found.append(f"the class list has no value for {', '.join(unused)}")
     return found

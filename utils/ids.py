@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import write_whole
 from utils.images import MASK_SUFFIXES, PHOTO_SUFFIXES
 
 PHOTO_ENDING = "_leftImg8bit"  # Cityscapes: part of the file's name, not of the id
@@ -38,6 +39,11 @@ def read_ids(path: str | Path) -> list[str]:
     if not line_of:
         raise UserError(f"the id file {path} is empty; it should hold one photo id a line")
     return list(line_of)
+
+
+def write_ids(ids: Iterable[str], path: str | Path) -> None:
+    """Writes a list file, one id a line. Raises: OSError."""
+    write_whole("".join(f"{sample_id}\n" for sample_id in ids), path)
 
 
 def id_fault(sample_id: str) -> str | None:

@@ -74,7 +74,11 @@ def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
 
 def photo_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of the upright photo. Raises: UserError as `read_photo` does."""
-    size, orientation = photo_header(path)
+    return seen_size(*photo_header(path))
+
+
+def seen_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(width, height) of stored pixels when they are seen as their EXIF orientation says."""
     return size[::-1] if orientation >= 5 else size  # 5 to 8 lie on their side
 
 

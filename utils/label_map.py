@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.files import write_whole
-from utils.images import indexed_png, photo_header, upright
+from utils.images import indexed_png, photo_header, seen_size, upright
 from utils.masks import MaskReader
 
 
@@ -60,7 +60,7 @@ def encode_mask(job: Job, rules: Rules) -> Outcome:
         record, is_new = _kept(job, rules), False
         if record is None or record["orientation"] != orientation:
             record, is_new = _encode(job, rules, size, orientation)
-        elif (record["width"], record["height"]) != _seen(size, orientation):
+        elif (record["width"], record["height"]) != seen_size(size, orientation):
             raise UserError(_misfit(job, (record["width"], record["height"]), size, orientation))
         return Outcome(job.sample_id, record, is_new=is_new)
     except _OpenExif as tag:
@@ -112,7 +112,7 @@ def _encode(job: Job, rules: Rules, size: tuple[int, int], orientation: int) -> 
 
 def _is_stored(job: Job, mask: tuple[int, int], size: tuple[int, int], orientation: int, obey: bool | None) -> bool:
     """Whether the mask was drawn on the stored pixels of a photo that is seen otherwise."""
-    fits_seen, fits_stored = mask == _seen(size, orientation), mask == size
+    fits_seen, fits_stored = mask == seen_size(size, orientation), mask == size
     if orientation > 1 and fits_seen and fits_stored and obey is None:
         raise _OpenExif(orientation)
     is_stored = orientation > 1 and (not fits_seen if obey is None else not obey)
@@ -121,12 +121,8 @@ def _is_stored(job: Job, mask: tuple[int, int], size: tuple[int, int], orientati
     return is_stored
 
 
-def _seen(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    return size[::-1] if orientation >= 5 else size
-
-
 def _misfit(job: Job, mask: tuple[int, int], size: tuple[int, int], orientation: int) -> str:
-    width, height = _seen(size, orientation)
+    width, height = seen_size(size, orientation)
     text = f"{job.masks[0]}: is {mask[0]}x{mask[1]} (width x height), its photo {job.photo.name} is {width}x{height}"
     if orientation > 1:
         text += f" when seen as its EXIF orientation {orientation} says, {size[0]}x{size[1]} as stored (key obey_exif)"
