@@ -24,7 +24,6 @@ WHOLE = 1024 * 2048  # pixels that go through at once
 TILE, SMALLEST_TILE = 768, 256
 BAND = 2**23  # logits in a band of rows; decoding takes four times as much
 SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
-MEAN_OF = "logits"  # what the views of test-time augmentation are averaged as; or "probabilities"
 
 Rows = Iterator[tuple[slice, Tensor]]
 
@@ -214,7 +213,7 @@ def scaled(side: int, scale: float) -> int:
 def _mean_of_views(
     network: nn.Module, image: Tensor, grain: int, amp: str, tta: str, mirror: Sequence[int] | None
 ) -> Tensor:
-    """The mean over scales and flips. Shape: (3, h, w) uint8 -> (N, grain * h, grain * w)."""
+    """The mean logits over scales and flips. Shape: (3, h, w) uint8 -> (N, grain * h, grain * w)."""
     size, total, count = [grain * side for side in image.shape[-2:]], 0, 0
     for scale in SCALES[tta]:
         view = image[None]
@@ -229,9 +228,8 @@ def _mean_of_views(
                 logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
             if tta == "off":
                 return logits[0]
-            total, count = total + (logits.sigmoid() if MEAN_OF == "probabilities" else logits), count + 1
-    mean = total[0] / count
-    return mean.logit(eps=1e-7) if MEAN_OF == "probabilities" else mean
+            total, count = total + logits, count + 1
+    return total[0] / count
 
 
 def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:

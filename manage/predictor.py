@@ -177,10 +177,6 @@ class Predictor:
         size = photo_size(path)
         return self._predict(read_photo(path, self.config.short_side), Path(path), size, keep_logits)
 
-    def predict_as_is(self, photo: Image.Image) -> Result:
-        """Predicts an RGB photo at the size that it has, whatever the checkpoint's short_side."""
-        return self._predict(photo, photo, photo.size, keep_logits=False)
-
     def __str__(self) -> str:
         tta = "" if self.how["tta"] == "off" else f", tta {self.how['tta']}"
         return f"decoded by {self.decoding}{tta}"

@@ -155,9 +155,10 @@ def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, An
     }
     # "<" could end the script element that holds the data, whatever a class or a photo is called
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"title": html.escape(data["title"]), "data": text}
-    parts |= {name: (ASSETS / f"report.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    template = (ASSETS / "report.html").read_text(encoding="utf-8")
+    template, css, scores_js, gallery_js = (
+        (ASSETS / name).read_text(encoding="utf-8") for name in ("report.html", "report.css", "scores.js", "gallery.js")
+    )
+    parts = {"title": html.escape(data["title"]), "data": text, "css": css, "js": scores_js + gallery_js}
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)  # one pass: data is never a template
     path = folder / "index.html"
     try:

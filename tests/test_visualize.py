@@ -7,7 +7,7 @@ from utils import visualize
 
 
 def test_a_colour_map_shows_the_trees_colours_and_grey_void(tree):
-    picture = visualize.colour_map(np.array([[0, 4, 255]], np.uint8), tree)
+    picture = visualize.level_maps(np.array([[0, 4, 255]], np.uint8), tree)[0]
     assert picture.tolist() == [[list(tree.colours[0]), list(tree.colours[4]), list(visualize.VOID_COLOUR)]]
 
 
@@ -19,25 +19,14 @@ def test_an_overlay_leaves_background_and_void_as_they_are(tree):
     assert picture[0, 2] == pytest.approx(expected, abs=2)
 
 
-def test_a_panel_has_a_cell_for_the_photo_and_two_a_level(tree):
-    labels = np.full((30, 40), 4, np.uint8)
-    row = visualize.panel(np.zeros((30, 40, 3), np.uint8), labels, labels, tree, side=50)
-    assert row.shape == (54, 54 * (1 + 2 * tree.num_levels), 3)
-    assert row[27, 54 + 27].tolist() == list(tree.colours[4])
-    assert row[27, -27].tolist() == list(tree.colours[tree.roots[1]])
-
-
 def test_a_legend_shows_each_colour_and_wraps_to_its_width(tree):
     wide, slim = (visualize.legend(tree, width) for width in (2000, 150))
     assert slim.shape[0] > wide.shape[0]
     for picture in (wide, slim):
         colours = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
         assert set(tree.colours) <= colours
-
-
-def test_a_legend_grows_with_its_picture(tree):
     normal, large = (visualize.legend(tree, width, [4]) for width in (500, 3000))
-    assert large.shape[0] > 3 * normal.shape[0]
+    assert large.shape[0] > 3 * normal.shape[0]  # it grows with its picture
 
 
 def test_a_captioned_overlay_has_the_size_of_the_map_and_a_legend_without_background(tree):

@@ -94,9 +94,8 @@ class Exportable(nn.Module):
             for logits in pair:
                 if scale != 1:
                     logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-                views.append(logits.sigmoid() if inference.MEAN_OF == "probabilities" else logits)
-        mean = sum(views) / len(views)
-        return mean.logit(eps=1e-7) if inference.MEAN_OF == "probabilities" else mean
+                views.append(logits)
+        return sum(views) / len(views)
 
     def _logits(self, photos: Tensor) -> Tensor:
         height, width = photos.shape[-2:]
@@ -153,10 +152,10 @@ def agreement(program: Program, predictor: Predictor, photos: Sequence[Path], dt
     """Share of all pixels for which the program names the same leaf as `Predictor`, at the size the network sees."""
     same = total = 0
     for path in progress(photos, desc=f"check {name}", unit="photo"):
-        photo = predictor.fed(read_photo(path))  # at the checkpoint's short_side
-        expected = torch.from_numpy(predictor.predict_as_is(photo).leaves)
-        image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous()
-        same += int((program(image.to(dtype))[0] == expected).sum())
+        image = torch.from_numpy(np.array(predictor.fed(read_photo(path)))).permute(2, 0, 1).to(predictor.device)
+        logits = inference.photo_logits(predictor.network, image, tuple(image.shape[1:]), **predictor.how)
+        expected = predictor.decoding(logits, predictor.hierarchy)[0].cpu()
+        same += int((program(image[None].to(dtype).contiguous())[0] == expected).sum())
         total += expected.numel()
     return same / total
 

@@ -17,11 +17,6 @@ def palette(hierarchy: Hierarchy) -> np.ndarray:
     return colours
 
 
-def colour_map(labels: np.ndarray, hierarchy: Hierarchy) -> np.ndarray:
-    """Shape: (H, W) node ids -> (H, W, 3) uint8."""
-    return palette(hierarchy)[labels]
-
-
 def overlay(photo: np.ndarray, labels: np.ndarray, hierarchy: Hierarchy, strength: float = 0.6) -> np.ndarray:
     """The photo with the classes laid over it; background and void leave it as it is.
 
@@ -58,44 +53,25 @@ def board(
     photo = _sized(photo, leaves.shape)
     rows = []
     for what, first, labels in (("truth", photo, truth), ("predicted", overlay(photo, leaves, hierarchy), leaves)):
-        cells = [thumbnail(first, side), *_cells(labels, hierarchy, side)]
+        cells = [first, *level_maps(labels, hierarchy)]
         titles = ["photo" if what == "truth" else "overlay", *(f"{name}: {what}" for name in hierarchy.level_names)]
-        rows += [_titles(titles, side), np.concatenate([_framed(cell, side) for cell in cells], axis=1)]
+        rows += [_titles(titles, side), _row(cells, side)]
     return stack([*rows, legend(hierarchy, rows[0].shape[1])])
 
 
-def panel(
-    photo: np.ndarray, truth: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy, side: int = 200
+def gallery(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], hierarchy: Hierarchy, side: int = 200
 ) -> np.ndarray:
-    """One row: the photo, then truth and prediction at every level.
-
-    Shape: (H, W, 3) uint8, (H, W), (H, W) -> (side, about 7 side, 3) uint8.
-    """
-    pairs = zip(_cells(truth, hierarchy, side), _cells(leaves, hierarchy, side), strict=True)
-    cells = [thumbnail(photo, side), *(cell for pair in pairs for cell in pair)]
-    return np.concatenate([_framed(cell, side) for cell in cells], axis=1)
-
-
-def panel_header(hierarchy: Hierarchy, side: int = 200) -> np.ndarray:
-    """The titles over a column of panels."""
-    titles = ["photo"]
-    for name in hierarchy.level_names:
-        titles += [f"{name}: truth", f"{name}: predicted"]
-    return _titles(titles, side)
-
-
-def gallery(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], hierarchy: Hierarchy) -> np.ndarray:
     """Rows of pictures under titles, and a legend. Shape: (h, w, 3) uint8 each -> (h, w, 3) uint8."""
-    side = 200
-    framed = [np.concatenate([_framed(thumbnail(cell, side), side) for cell in row], axis=1) for row in rows]
+    framed = [_row(cells, side) for cells in rows]
     coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
     return stack([_titles(titles, side), *framed, legend(hierarchy, framed[0].shape[1], coloured)])
 
 
-def _cells(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:
-    """The label map of each level in colour."""
-    maps = [colour_map(hierarchy.level_of(labels, level), hierarchy) for level in range(hierarchy.num_levels)]
-    return [thumbnail(level, side, Image.NEAREST) for level in maps]
+def level_maps(labels: np.ndarray, hierarchy: Hierarchy) -> list[np.ndarray]:
+    """The label map of each level in colour. Shape: (H, W) node ids -> L times (H, W, 3) uint8."""
+    colours = palette(hierarchy)
+    return [colours[hierarchy.level_of(labels, level)] for level in range(hierarchy.num_levels)]
 
 
 def _titles(titles: Sequence[str], side: int) -> np.ndarray:
@@ -181,8 +157,13 @@ def _sized(photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def _framed(picture: np.ndarray, side: int) -> np.ndarray:
-    frame = np.full((side + 4, side + 4, 3), 255, dtype=np.uint8)
-    top, left = (side + 4 - picture.shape[0]) // 2, (side + 4 - picture.shape[1]) // 2
-    frame[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return frame
+def _row(cells: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """Pictures beside each other, each with its longer side at `side` pixels, in a white square."""
+    squares = []
+    for cell in cells:
+        cell = thumbnail(cell, side)
+        square = np.full((side + 4, side + 4, 3), 255, dtype=np.uint8)
+        top, left = (side + 4 - cell.shape[0]) // 2, (side + 4 - cell.shape[1]) // 2
+        square[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+        squares.append(square)
+    return np.concatenate(squares, axis=1)

@@ -54,11 +54,14 @@ def draw_sheet(config: Config, evaluation: str, count: int, side: int = 150) -> 
         raise UserError(f"{folder}: no pictures there; run evaluate.py without --no-pictures first")
     ids = read_split(config, "val")
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, count + 2).astype(int)[1:-1]]
-    rows = [visualize.panel_header(hierarchy, side)]
+    titles, rows = ["photo"], []
+    for name in hierarchy.level_names:
+        titles += [f"{name}: truth", f"{name}: predicted"]
     for sample_id, files in zip(chosen, find_samples(chosen, config.images_dir, config.labels_dir), strict=True):
         photo, truth = np.array(read_photo(files.photo)), read_labels(files.labels)
-        rows.append(visualize.panel(photo, truth, read_labels(folder / f"{sample_id}.png"), hierarchy, side))
-    return visualize.stack([*rows, visualize.legend(hierarchy, rows[0].shape[1])])
+        maps = (visualize.level_maps(labels, hierarchy) for labels in (truth, read_labels(folder / f"{sample_id}.png")))
+        rows.append([photo, *(cell for pair in zip(*maps, strict=True) for cell in pair)])
+    return visualize.gallery(rows, titles, hierarchy, side)
 
 
 def draw_curves(config: Config, out: Path) -> dict[str, Path]:
