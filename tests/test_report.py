@@ -113,10 +113,7 @@ def test_a_large_photo_is_sampled_to_the_sides_that_the_page_shows():
     assert np.array_equal(maps.scores[1], (score * 256).to(torch.uint8))
     assert (np.diff(maps.truth[:, 0].astype(int)) > 0).all()
     assert np.array_equal(maps.truth, maps.leaves)
-
-
-def test_a_sliver_keeps_at_least_one_row():
-    maps = sampled(torch.zeros(1, 2000), torch.zeros(1, 2000), torch.zeros(3, 1, 2000))
+    maps = sampled(torch.zeros(1, 2000), torch.zeros(1, 2000), torch.zeros(3, 1, 2000))  # keeps one row
     assert maps.truth.shape == (1, 256)
     assert maps.scores.shape == (3, 1, 128)
 
@@ -126,9 +123,6 @@ def test_violations_of_a_photo_are_those_of_the_metric_at_the_pixels_that_the_pa
     meter = LevelScores(h)
     meter.update(torch.from_numpy(maps.leaves[::2, ::2]).long()[None], labels[None], logits[None])
     assert report.violated_share(maps, h) == pytest.approx(meter.compute()["violation_rate"])
-
-
-def test_a_photo_without_a_known_pixel_has_no_violations(h, maps):
     maps.known[:] = False
     assert report.violated_share(maps, h) is None
 

@@ -13,6 +13,11 @@ from tests.test_report import EVIL, VOID, draw, hostile_tree, make_report, sampl
 from utils.decode import DECODERS
 from utils.hierarchy import Hierarchy
 
+pytest.importorskip("selenium", reason="needs selenium: pip install -r requirements-dev.txt")
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
 PHOTOS, PAGE = 30, 24
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
@@ -58,25 +63,32 @@ def choose(page, **values: str) -> None:
 
 
 def press(page, *keys: str) -> None:
-    from selenium.webdriver import ActionChains
-
     ActionChains(page).send_keys(*keys).perform()
 
 
 def point_at(page, element) -> None:
-    from selenium.webdriver import ActionChains
-
     ActionChains(page).move_to_element(element).perform()
+
+
+def arrived(page, selector: str):
+    """The first such element, once it is there."""
+    return WebDriverWait(page, 20).until(
+        lambda _: page.execute_script("return document.querySelector(arguments[0])", selector)
+    )
 
 
 def drawn_card(page, within: str = "#gallery"):
     """The first card, once its maps are drawn."""
-    from selenium.webdriver.support.wait import WebDriverWait
-
     page.execute_script("document.querySelector(arguments[0]).scrollIntoView()", f"{within} .card")
-    return WebDriverWait(page, 20).until(
-        lambda _: page.execute_script("return document.querySelector(arguments[0])", f"{within} .card[data-drawn]")
-    )
+    return arrived(page, f"{within} .card[data-drawn]")
+
+
+@pytest.fixture
+def phone(page):
+    """The same page on a phone."""
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    yield page
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def in_order(lines: list[dict], value) -> list[str]:
@@ -84,7 +96,13 @@ def in_order(lines: list[dict], value) -> list[str]:
     return [line["id"] for line in sorted(lines, key=lambda line: (value(line) is None, value(line) or 0))]
 
 
-def test_every_level_has_its_scores_and_confusion(page, h):
+@pytest.fixture
+def order(site) -> list[str]:
+    """The ids in which the page shows them unasked."""
+    return in_order(site[1], lambda line: line["mIoU"][0])
+
+
+def test_every_level_has_its_scores_and_a_confusion_in_percent(page, h):
     for selector in ("#score-tables", "#confusion-tables"):
         headings = [f"Level {level + 1}: {name}" for level, name in enumerate(h.level_names)]
         assert texts(page, f"{selector} h3") == headings
@@ -92,9 +110,6 @@ def test_every_level_has_its_scores_and_confusion(page, h):
     assert names == [h.names[v] for v in h.level_classes[0]] + ["mean", "with background"]
     rows = texts(page, "#confusion-tables .panel:first-child tbody tr")
     assert len(rows) == len(h.level_classes[0])
-
-
-def test_a_row_of_the_confusion_adds_up_to_a_hundred(page):
     cells = texts(page, "#confusion-tables .panel:last-child tbody tr:last-child td")
     assert sum(map(float, cells)) == pytest.approx(100, abs=1)
     page.execute_script(
@@ -104,11 +119,8 @@ def test_a_row_of_the_confusion_adds_up_to_a_hundred(page):
     assert sum(map(float, columns)) == pytest.approx(100, abs=1)
 
 
-def test_the_gallery_begins_with_the_worst_photo(page, site):
-    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[:PAGE]
-
-
-def test_photos_sort_at_every_level_and_the_other_way_round(page, site):
+def test_photos_are_sorted_by_what_is_chosen_the_worst_first(page, site, order):
+    assert ids(page) == order[:PAGE]
     choose(page, sort="level-2", order="best")
     score = {line["id"]: line["mIoU"][2] or 0 for line in site[1]}
     shown = [score[sample_id] for sample_id in ids(page)]
@@ -133,10 +145,7 @@ def test_photos_are_filtered_by_class(page, site):
     assert texts(page, "#gallery") == ["No photo is like that."]
 
 
-def test_keys_turn_the_pages(page, site):
-    from selenium.webdriver.common.keys import Keys
-
-    order = in_order(site[1], lambda line: line["mIoU"][0])
+def test_keys_turn_the_pages(page, order):
     for key, first in ((Keys.ARROW_RIGHT, PAGE), ("j", PAGE), ("k", 0), ("j", PAGE), (Keys.ARROW_LEFT, 0), ("k", 0)):
         press(page, key)
         assert ids(page) == order[first : first + PAGE]
@@ -185,10 +194,7 @@ def test_pointing_at_a_pixel_tells_its_classes_and_scores(page, h):
     assert shares == pytest.approx(expected, abs=1)
 
 
-def test_a_photo_opens_large_and_keys_go_on_from_there(page, site):
-    from selenium.webdriver.common.keys import Keys
-
-    order = in_order(site[1], lambda line: line["mIoU"][0])
+def test_a_photo_opens_large_and_keys_go_on_from_there(page, order):
     drawn_card(page).find_element("css selector", "header button").click()
     assert drawn_card(page, "#viewer").get_attribute("data-id") == order[0]
     point_at(page, drawn_card(page, "#viewer").find_element("class name", "picture"))
@@ -203,9 +209,7 @@ def test_a_photo_opens_large_and_keys_go_on_from_there(page, site):
     assert page.switch_to.active_element.text == order[25]  # where one has been looking
 
 
-def test_the_pager_keeps_the_focus(page, site):
-    from selenium.webdriver.common.keys import Keys
-
+def test_the_pager_keeps_the_focus(page, order):
     bottom = page.find_elements("css selector", ".pager [aria-label='next page']")[1]
     page.execute_script("arguments[0].focus()", bottom)
     press(page, Keys.ENTER)
@@ -214,31 +218,29 @@ def test_the_pager_keeps_the_focus(page, site):
     press(page, Keys.ENTER)  # there is no next page, and the button says so
     assert top.get_attribute("aria-disabled") == "true"
     assert page.switch_to.active_element == top
-    assert ids(page) == in_order(site[1], lambda line: line["mIoU"][0])[PAGE:]
+    assert ids(page) == order[PAGE:]
 
 
 def test_nothing_moves_when_maps_arrive(page):
     """So that a link to what lies below the photos leads there."""
-    before = page.execute_script("return document.querySelector('#details').getBoundingClientRect().top + scrollY")
+    place = "return document.querySelector('#details').getBoundingClientRect().top + scrollY"
+    before = page.execute_script(place)
     page.execute_script("document.querySelectorAll('.card')[20].scrollIntoView()")
     drawn_card(page)
-    assert (
-        page.execute_script("return document.querySelector('#details').getBoundingClientRect().top + scrollY") == before
-    )
+    assert page.execute_script(place) == before
 
 
-def test_six_photos_stand_in_a_row_and_are_larger_when_enlarged_on_a_phone(page):
-    tops = page.execute_script(
-        "return [...document.querySelectorAll('.card')].map((c) => c.getBoundingClientRect().top)"
-    )
+def test_six_photos_stand_in_a_row(page):
+    tops = page.execute_script("return [...document.querySelectorAll('.card')].map((c) => c.offsetTop)")
     assert tops[:7].count(tops[0]) == 6
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    drawn_card(page).find_element("css selector", "header button").click()
-    wide = [
-        drawn_card(page, place).find_element("class name", "picture").rect["width"] for place in ("#gallery", "#viewer")
-    ]
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert wide[1] > 2 * wide[0]
+
+
+def test_a_phone_shows_all_of_the_page_and_an_enlarged_photo_larger(phone):
+    small = drawn_card(phone)
+    assert phone.execute_script("return document.documentElement.scrollWidth") <= 390
+    width = small.find_element("class name", "picture").rect["width"]
+    small.find_element("css selector", "header button").click()
+    assert drawn_card(phone, "#viewer").find_element("class name", "picture").rect["width"] > 2 * width
 
 
 def test_text_follows_the_data(page, browser, tmp_path):
@@ -248,10 +250,7 @@ def test_text_follows_the_data(page, browser, tmp_path):
     assert 1 <= severity <= 3
     assert {"ECE leaf", "ECE body", "violation rate"} < set(totals)
     assert all(text.endswith(" %") for text in totals.values())
-    assert [link.get_attribute("href").split("/")[-1] for link in page.find_elements("css selector", "#files a")] == [
-        "scores.csv",
-        "scores.json",
-    ]
+    assert texts(page, "#files a") == ["scores.csv", "scores.json"]
     plain = hostile_tree(background=())
     folder = tmp_path / "evaluation" / "best"
     make_report(folder, plain, 1)
@@ -263,26 +262,14 @@ def test_text_follows_the_data(page, browser, tmp_path):
     assert texts(browser, "#files a")[-1] == "metrics.jsonl"
 
 
-def test_names_are_shown_as_they_are_spelt(page, h):
-    assert page.title == f"{EVIL}: best.pt"
-    assert page.find_element("id", "title").text == f"{EVIL}: best.pt"
+def test_names_are_shown_as_they_are_spelt_and_nothing_is_asked_for_outside_the_folder(page, site, h):
+    assert page.title == page.find_element("id", "title").text == f"{EVIL}: best.pt"
     shown = texts(page, "#legend span[title]")
     assert [text.lstrip("›") for text in shown] == [h.names[v] for v in h.preorder]
-
-
-def test_the_page_asks_for_nothing_outside_its_folder(page, site):
     drawn_card(page)
     asked = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert [name for name in asked if not name.startswith((site[0].parent.as_uri(), "data:"))] == []
     assert "http" not in site[0].read_text(encoding="utf-8")
-
-
-def test_nothing_is_wider_than_a_phone(page):
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    drawn_card(page)
-    wide = page.execute_script("return document.documentElement.scrollWidth")
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert wide <= 390
 
 
 def test_a_photo_whose_maps_are_gone_is_named_on_its_card(browser, tmp_path, h):
@@ -290,12 +277,8 @@ def test_a_photo_whose_maps_are_gone_is_named_on_its_card(browser, tmp_path, h):
     for script in (tmp_path / "pictures" / "report").glob("*.js"):
         script.unlink()
     browser.get((tmp_path / "index.html").as_uri())
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    browser.execute_script("document.querySelector('.card').scrollIntoView()")
-    warning = WebDriverWait(browser, 20).until(lambda page: texts(page, ".card .warning"))
+    assert "is missing" in arrived(browser, ".card .warning").text
     browser.get_log("browser")  # the missing file is reported there, rightly
-    assert "is missing" in warning[0]
 
 
 def data_of(folder: Path) -> str:

@@ -7,7 +7,7 @@ from utils import visualize
 
 
 def test_a_colour_map_shows_the_trees_colours_and_grey_void(tree):
-    picture = visualize.level_maps(np.array([[0, 4, 255]], np.uint8), tree)[0]
+    picture = visualize.level_maps(np.array([[0, 4, 255]], np.uint8), tree, side=3)[0]
     assert picture.tolist() == [[list(tree.colours[0]), list(tree.colours[4]), list(visualize.VOID_COLOUR)]]
 
 

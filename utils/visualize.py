@@ -53,7 +53,7 @@ def board(
     photo = _sized(photo, leaves.shape)
     rows = []
     for what, first, labels in (("truth", photo, truth), ("predicted", overlay(photo, leaves, hierarchy), leaves)):
-        cells = [first, *level_maps(labels, hierarchy)]
+        cells = [first, *level_maps(labels, hierarchy, side)]
         titles = ["photo" if what == "truth" else "overlay", *(f"{name}: {what}" for name in hierarchy.level_names)]
         rows += [_titles(titles, side), _row(cells, side)]
     return stack([*rows, legend(hierarchy, rows[0].shape[1])])
@@ -68,10 +68,13 @@ def gallery(
     return stack([_titles(titles, side), *framed, legend(hierarchy, framed[0].shape[1], coloured)])
 
 
-def level_maps(labels: np.ndarray, hierarchy: Hierarchy) -> list[np.ndarray]:
-    """The label map of each level in colour. Shape: (H, W) node ids -> L times (H, W, 3) uint8."""
-    colours = palette(hierarchy)
-    return [colours[hierarchy.level_of(labels, level)] for level in range(hierarchy.num_levels)]
+def level_maps(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:
+    """The label map of each level in colour, its longer side at `side` pixels.
+
+    Shape: (H, W) node ids -> L times (h, w, 3) uint8.
+    """
+    maps = [palette(hierarchy)[hierarchy.level_of(labels, level)] for level in range(hierarchy.num_levels)]
+    return [thumbnail(level, side, Image.NEAREST) for level in maps]
 
 
 def _titles(titles: Sequence[str], side: int) -> np.ndarray:

@@ -59,7 +59,8 @@ def draw_sheet(config: Config, evaluation: str, count: int, side: int = 150) -> 
         titles += [f"{name}: truth", f"{name}: predicted"]
     for sample_id, files in zip(chosen, find_samples(chosen, config.images_dir, config.labels_dir), strict=True):
         photo, truth = np.array(read_photo(files.photo)), read_labels(files.labels)
-        maps = (visualize.level_maps(labels, hierarchy) for labels in (truth, read_labels(folder / f"{sample_id}.png")))
+        predicted = read_labels(folder / f"{sample_id}.png")
+        maps = (visualize.level_maps(labels, hierarchy, side) for labels in (truth, predicted))
         rows.append([photo, *(cell for pair in zip(*maps, strict=True) for cell in pair)])
     return visualize.gallery(rows, titles, hierarchy, side)
 
