@@ -36,7 +36,7 @@ from utils.files import write_json
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
-PHOTOS = 40
+PHOTOS, SUM = 40, {"tree_min": 1.0, "bce": 0.5}
 ENVIRONMENT = {"commit": "abc", "hardware": "a machine"}
 
 
@@ -105,17 +105,11 @@ def runs(tmp_path: Path, tree: Hierarchy) -> list[Path]:
     return make_runs(tmp_path, tree)
 
 
-SUM = {"tree_min": 1.0, "bce": 0.5}
-
-
-def test_level_scores_of_many_matrices_equal_those_of_the_metrics(tree: Hierarchy) -> None:
+def test_level_scores_of_many_matrices_equal_those_of_the_metrics_and_without_a_class_are_nan(tree: Hierarchy) -> None:
     matrices = fake_matrices(tree, 0.5, 0, photos=5)
     for matrix, mious in zip(matrices, level_mious(matrices.astype(float), tree), strict=True):
         expected = scores_from_confusion(torch.from_numpy(matrix.astype(np.int64)), tree)
         assert mious.tolist() == pytest.approx([expected[f"mIoU{level}"] for level in (1, 2, 3)])
-
-
-def test_a_class_that_is_absent_is_left_out_and_no_class_at_all_is_nan(tree: Hierarchy) -> None:
     matrix = np.zeros((10, 10))
     assert np.isnan(level_mious(matrix, tree)).all()
     matrix[4, 4] = 3  # one class, all right
@@ -166,12 +160,8 @@ def difference(
 )
 def test_a_verdict_needs_the_interval_and_the_seeds(given: Difference, verdict: str) -> None:
     assert given.verdict == verdict
-    assert f"b against a: {verdict}, " in given.sentence
-
-
-def test_the_sentence_says_what_one_seed_cannot() -> None:
-    assert "seeds' part in it is not known" in difference(0.02, 0.01, 0.03, {0: 0.02}).sentence
-    assert "+2.00 points (95% interval over photos +1.00 to +3.00" in difference(0.02, 0.01, 0.03, {}).sentence
+    assert f"b against a: {verdict}, {100 * given.value:+.2f} points (95% interval over photos " in given.sentence
+    assert ("seeds' part in it is not known" in given.sentence) == (len(given.by_seed) < 2)
 
 
 def compared(folders: list[Path], **options) -> Comparison:
@@ -196,20 +186,12 @@ def test_a_better_run_is_called_better_and_the_interval_holds_the_difference(run
         assert d.value == pytest.approx(np.mean(list(d.by_seed.values())))
 
 
-def test_two_runs_of_equal_quality_show_no_evidence(tmp_path: Path, tree: Hierarchy) -> None:
-    folders = [
-        fake_experiment(tmp_path, tree, f"{criterion}_{seed}", 0.5, seed, criterion=criterion)
-        for criterion, seed in (("bce", 0), ("bce", 1), ("ce", 2), ("ce", 3))
-    ]
-    comparison = compared(folders)
-    assert {d.verdict for d in comparison.differences} == {"no evidence of a difference"}
-    assert "not two seeds in common" in comparison.differences[0].sentence
-
-
-def test_the_same_config_and_seed_twice_are_not_two_seeds(tmp_path: Path, tree: Hierarchy) -> None:
-    folders = [fake_experiment(tmp_path, tree, name, 0.5) for name in ("before", "after")]
-    comparison = compared(folders)
-    assert [group.label for group in comparison.groups] == ["before", "after"]
+def test_no_evidence_between_runs_of_equal_quality_and_repeats_of_a_seed_are_no_seeds(tmp_path, tree) -> None:
+    pairs = (("bce", 0), ("bce", 1), ("ce", 2), ("ce", 3))
+    folders = [fake_experiment(tmp_path, tree, f"{c}_{seed}", 0.5, seed, criterion=c) for c, seed in pairs]
+    assert {d.verdict for d in compared(folders).differences} == {"no evidence of a difference"}
+    again = fake_experiment(tmp_path, tree, "again", 0.5)
+    assert [group.label for group in compared([folders[0], again]).groups] == ["bce_0", "again"]
 
 
 def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_config(runs: list[Path]) -> None:
@@ -321,17 +303,13 @@ def test_all_pairs_stand_in_a_table_with_opposite_signs(written: Path) -> None:
     assert all(float(cells[i][j]) == -float(cells[j][i]) for i in range(3) for j in range(i))
 
 
-def test_the_latex_table_is_well_formed(written: Path) -> None:
-    text = (written / "comparison.tex").read_text()
+def test_the_latex_tables_are_well_formed_and_the_page_needs_no_other_file(written: Path) -> None:
+    text, page = ((written / f"comparison.{kind}").read_text() for kind in ("tex", "html"))
     assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 2
     assert "tree\\_min + 0.5 bce & 3 & " in text
     assert " $\\pm$ " in text
     for table in text.split("\\begin{tabular}")[1:]:
         assert len({line.count(" & ") for line in table.splitlines() if line.endswith("\\\\")}) == 1
-
-
-def test_the_page_needs_no_other_file(written: Path) -> None:
-    page = (written / "comparison.html").read_text()
     assert page.count("data:image/png;base64,") == 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 

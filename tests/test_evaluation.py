@@ -12,13 +12,13 @@ from PIL import Image
 
 from configs.config import Config
 from manage import evaluation_manager, tables
-from manage.checkpoint import checkpoint_digest, load_checkpoint, pack
+from manage.checkpoint import checkpoint_digest
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
 from manage.predictor import Predictor
 from tests.test_predict import SLIM, write_checkpoint
 from utils import visualize
 from utils.errors import UserError
-from utils.files import read_json, write_whole
+from utils.files import read_json
 from utils.hierarchy import Hierarchy
 from utils.ids import read_ids
 from utils.images import read_labels, read_photo
@@ -26,13 +26,18 @@ from utils.metrics import LevelScores, scores_from_confusion
 
 
 @pytest.fixture
-def config(sample_data: Path, tmp_path: Path, tree) -> Config:
+def best(tmp_path: Path, tree):
+    """Writes the checkpoint `best` of the experiment `ours` anew; returns its path."""
+    path = tmp_path / "experiments" / "ours" / "models_checkpoints" / "best.pt"
+    return lambda bias=0.0, **keys: write_checkpoint(path, tree, bias, exp_name="ours", **keys)
+
+
+@pytest.fixture
+def config(sample_data: Path, tmp_path: Path, best) -> Config:
     """Of an experiment `ours`, with a checkpoint `best`."""
+    best()
     keys = {"exp_name": "ours", "root_dir": str(tmp_path), "root_data_dir": str(sample_data), "device": "cpu"}
-    config = Config(**keys, num_workers=0, pretrained=False, decoder_channels=SLIM)
-    config.checkpoints_dir.mkdir(parents=True)
-    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours")
-    return config
+    return Config(**keys, num_workers=0, pretrained=False, decoder_channels=SLIM)
 
 
 def evaluate(config: Config, checkpoint: str | Path | None = None, **options) -> tuple[Path, dict]:
@@ -42,38 +47,24 @@ def evaluate(config: Config, checkpoint: str | Path | None = None, **options) ->
     return manager.folder, manager.run()
 
 
-def spoil(path: Path, value: float) -> None:
-    """Weights of no use."""
-    state = load_checkpoint(path)
-    state["model"]["segmentation_head.bias"][0] = value
-    write_whole(pack(state), path)
-
-
-def test_the_checkpoint_that_was_scored_is_recorded_by_its_digest(config: Config) -> None:
-    path = config.checkpoints_dir / "best.pt"
+def test_the_digest_of_the_checkpoint_and_the_precision_of_the_evaluation_are_recorded(config: Config) -> None:
+    path, config.amp = config.checkpoints_dir / "best.pt", "bf16"
     _, record = evaluate(config, "best")
     assert record["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() == checkpoint_digest(path)
-
-
-def test_the_precision_of_the_evaluation_is_recorded_not_the_trainings(config: Config) -> None:
-    config.amp = "bf16"
-    _, record = evaluate(config, "best")
     assert (record["amp"], record["config"]["amp"]) == ("bf16", "auto")
 
 
 def test_scores_of_another_experiments_checkpoint_leave_the_own_ones_in_place(config, tmp_path, tree) -> None:
-    other = tmp_path / "experiments" / "theirs" / "models_checkpoints"
-    other.mkdir(parents=True)
-    write_checkpoint(other / "best.pt", tree, exp_name="theirs")
+    path = tmp_path / "experiments" / "theirs" / "models_checkpoints" / "best.pt"
+    other = write_checkpoint(path, tree, exp_name="theirs")
     own, record = evaluate(config, "best")
     assert (own.name, record["checkpoint"]) == ("best", "best.pt")
-    foreign, record = evaluate(config, other / "best.pt")
-    assert (foreign.name, record["checkpoint"]) == ("theirs-best", str(other / "best.pt"))
+    foreign, record = evaluate(config, other)
+    assert (foreign.name, record["checkpoint"]) == ("theirs-best", str(other))
     assert sorted(folder.name for folder in own.parent.iterdir()) == ["best", "theirs-best"]
 
 
 def test_own_checkpoints_are_known_by_any_path(config, monkeypatch, tree) -> None:
-    (config.checkpoints_dir / "fitted").mkdir()
     fitted = write_checkpoint(config.checkpoints_dir / "fitted" / "best_mass.pt", tree, exp_name="ours")
     monkeypatch.chdir(config.checkpoints_dir)
     for path, name in ((config.checkpoints_dir / "best.pt", "best"), ("./best.pt", "best"), (fitted, "best_mass")):
@@ -81,9 +72,9 @@ def test_own_checkpoints_are_known_by_any_path(config, monkeypatch, tree) -> Non
 
 
 # --- one truth for decoding ---
-def test_rule_and_offset_are_the_checkpoints_own_in_evaluation_and_prediction(config, tree, capsys) -> None:
+def test_rule_and_offset_are_the_checkpoints_own_in_evaluation_and_prediction(config, best, tree, capsys) -> None:
     own = {"decode": "leaf", "root_bias": {"body": -1.5}}
-    path = write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", **own)
+    path = best(**own)
     config.decode, config.root_bias = "mass", {"body": 1.0}
     _, record = evaluate(config)  # without a name: best
     assert {key: record[key] for key in own} == own
@@ -101,8 +92,8 @@ def test_rule_and_offset_are_the_checkpoints_own_in_evaluation_and_prediction(co
         assert np.array_equal(counts["leaf"][0], expected)
 
 
-def test_what_the_command_line_names_wins_and_other_rules_go_without_the_offset(config, tree) -> None:
-    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", root_bias={"body": 1000.0})
+def test_what_the_command_line_names_wins_and_other_rules_go_without_the_offset(config, best) -> None:
+    best(root_bias={"body": 1000.0})
     folder, record = evaluate(config, decode="leaf")
     assert (folder.name, record["decode"], record["root_bias"]) == ("best-leaf", "leaf", {})
     folder, plain = evaluate(config, decode="leaf", root_bias={}, all_rules=True)
@@ -135,17 +126,22 @@ def test_a_tree_that_differs_in_what_moves_scores_is_said(config, tmp_path, tree
     assert "another name" not in said
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_stop_it_with_the_photos_id(config, value) -> None:
-    spoil(config.checkpoints_dir / "best.pt", value)
-    first = read_ids(config.ids_file("val"))[0]
-    with pytest.raises(UserError, match=f"photo '{first}': the network's logits are not finite; its weights are"):
+@pytest.mark.parametrize(("value", "pixels"), [(float("nan"), 0), (float("inf"), 0), (float("nan"), 2**20)])
+def test_logits_that_are_not_finite_stop_it_with_the_photos_id_and_earlier_scores_stay(
+    config, best, monkeypatch, value, pixels
+) -> None:
+    """One by one, and several photos through the network together."""
+    folder, record = evaluate(config)
+    monkeypatch.setattr(evaluation_manager, "pixels_at_once", lambda *_, **__: pixels)
+    best(value)
+    ids = "|".join(read_ids(config.ids_file("val"))[: None if pixels else 1])
+    with pytest.raises(UserError, match=f"photo '({ids})': the network's logits are not finite; its weights are"):
         evaluate(config)
-    assert not (config.experiment_dir / "evaluation" / "best").exists()
+    assert read_json(folder / "scores.json") == record
 
 
 # --- again ---
-def test_an_equal_evaluation_is_replaced_and_another_one_set_aside(config, tree) -> None:
+def test_an_equal_evaluation_is_replaced_and_another_one_set_aside(config, best) -> None:
     def folders() -> list[str]:
         return sorted(folder.name for folder in (config.experiment_dir / "evaluation").iterdir())
 
@@ -155,18 +151,10 @@ def test_an_equal_evaluation_is_replaced_and_another_one_set_aside(config, tree)
     assert folders() == ["best"]
     assert (folder / "scores.csv").read_text() != "of the first run"
     evaluate(config, pictures=True)  # which the earlier one had not
-    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", decode="leaf")
+    best(decode="leaf")
     _, latest = evaluate(config)
     assert len(folders()) == 3
     assert read_json(folder / "scores.json") == latest
-
-
-def test_an_evaluation_that_fails_leaves_the_earlier_one_in_place(config) -> None:
-    folder, record = evaluate(config)
-    spoil(config.checkpoints_dir / "best.pt", float("nan"))
-    with pytest.raises(UserError):
-        evaluate(config)
-    assert read_json(folder / "scores.json") == record
 
 
 # --- views and windows ---
@@ -177,8 +165,8 @@ def test_views_and_windows_are_recorded_and_named(config) -> None:
         evaluate(config, tile=8)
 
 
-def test_overlays_are_drawn_on_the_photo_at_its_own_size(config, tree) -> None:
-    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", short_side=32)
+def test_overlays_are_drawn_on_the_photo_at_its_own_size(config, best, tree) -> None:
+    best(short_side=32)
     config.short_side = 32
     folder, _ = evaluate(config, limit=1, pictures=True)
     photo = next(config.images_dir.glob(f"{read_ids(config.ids_file('val'))[0]}.*"))
@@ -189,8 +177,8 @@ def test_overlays_are_drawn_on_the_photo_at_its_own_size(config, tree) -> None:
 
 
 @pytest.mark.parametrize("short_side", [None, 48])
-def test_photos_that_go_through_together_count_the_same_to_the_last_pixel(config, tree, monkeypatch, short_side):
-    write_checkpoint(config.checkpoints_dir / "best.pt", tree, exp_name="ours", short_side=short_side)
+def test_photos_that_go_through_together_count_the_same_to_the_last_pixel(config, best, monkeypatch, short_side):
+    best(short_side=short_side)
     config = dataclasses.replace(config, short_side=short_side)
     groups, rows_of_each = [], evaluation_manager.rows_of_each
     spy = lambda network, group, **how: (groups.append(len(group)), rows_of_each(network, group, **how))[1]  # noqa: E731
@@ -205,13 +193,6 @@ def test_photos_that_go_through_together_count_the_same_to_the_last_pixel(config
     assert sum(groups[4:]) == 4
     for key in counts[0]:
         assert np.array_equal(counts[0][key], counts[1][key])
-
-
-def test_of_photos_that_go_through_together_the_spoilt_one_is_named(config, monkeypatch):
-    monkeypatch.setattr(evaluation_manager, "pixels_at_once", lambda *_, **__: 2**20)
-    spoil(config.checkpoints_dir / "best.pt", float("nan"))
-    with pytest.raises(UserError, match="photo 'drawn_"):
-        evaluate(config)
 
 
 # --- tables ---

@@ -116,15 +116,12 @@ def test_a_folder_holds_all_that_the_predictor_needs_and_a_card(checkpoint, tmp_
 
 def test_the_card_takes_scores_of_this_checkpoint_and_these_options_alone(tmp_path, tree):
     path = tmp_path / "experiments" / "x" / "models_checkpoints" / "best.pt"
-    path.parent.mkdir(parents=True)
     config = Predictor.load(write_checkpoint(path, tree, exp_name="x", root_dir=str(tmp_path)), "cpu").config
     record = {"checkpoint_sha256": checkpoint_digest(path), "decode": config.decode, "root_bias": {}, "tta": "off"}
-    for name, changed in (("other", {"checkpoint_sha256": "0"}), ("flip", {"tta": "flip"})):
+    for name, changed in (("other", {"checkpoint_sha256": "0"}), ("flip", {"tta": "flip"}), ("own", {})):
+        assert export.scores_of(path, config) is None
         (path.parents[1] / "evaluation" / name).mkdir(parents=True)
         write_json(record | changed, path.parents[1] / "evaluation" / name / "scores.json")
-    assert export.scores_of(path, config) is None
-    (path.parents[1] / "evaluation" / "own").mkdir()
-    write_json(record, path.parents[1] / "evaluation" / "own" / "scores.json")
     assert export.scores_of(path, config) == record
 
 
@@ -148,16 +145,12 @@ def test_missing_packages_are_named_with_the_way_to_get_them(checkpoint, tmp_pat
     ("arguments", "message"),
     [
         (("--format", "tflite"), "'tflite' is not one of torch, onnx, folder"),
-        (("--format", "torch", "--check", "nowhere"), "expected a folder with photos"),
+        (("--format", "torch"), r"model.pt2 exists already; choose another --out, or give --overwrite"),
+        (("--format", "torch", "--overwrite", "--check", "nowhere"), "expected a folder with photos"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_exported(checkpoint, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "model.pt2").write_bytes(b"of an earlier export")
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / "new", *arguments)
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_earlier_export_is_not_replaced(checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "model.pt2").write_bytes(b"")
-    with pytest.raises(UserError, match=r"model.pt2 exists already; choose another --out, or give --overwrite"):
-        run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path, "--format", "torch")
+        run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path, *arguments)
+    assert (tmp_path / "model.pt2").read_bytes() == b"of an earlier export"

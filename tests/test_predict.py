@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from configs.config import config_from_dict
-from manage.checkpoint import find_model, load_checkpoint, pack
+from manage.checkpoint import load_checkpoint, pack
 from manage.inference import photo_logits
 from manage.predictor import Predictor
 from models.hseg import HSEG
@@ -26,14 +26,15 @@ REPO = Path(__file__).resolve().parents[1]
 SLIM = [8, 8, 8, 8, 8]
 
 
-def write_checkpoint(path: Path, tree, **keys) -> Path:
-    """A checkpoint of a network with random weights whose predictions vary from pixel to pixel."""
+def write_checkpoint(path: Path, tree, bias: float | list[float] = 0.0, **keys) -> Path:
+    """A checkpoint of a network with random weights whose predictions vary from pixel to pixel; `bias` of each node."""
     config = config_from_dict({"pretrained": False, "decoder_channels": SLIM} | keys, "test")
     torch.manual_seed(0)
     network = HSEG(config.encoder, tree.num_nodes, decoder_channels=config.decoder_channels)
     network.segmentation_head.weight.data.mul_(5)
-    network.segmentation_head.bias.data.zero_()
+    network.segmentation_head.bias.data[:] = torch.tensor(bias)
     state = {"model": network.state_dict(), "ema": None, "config": config.to_dict(), "tree": tree.to_dict(), "epoch": 1}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(pack(state), path)
     return path
 
@@ -43,9 +44,14 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def pixels(photo: Image.Image) -> torch.Tensor:
+    """Shape: (3, H, W) uint8."""
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tree) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.pt", tree)
+    return write_checkpoint(tmp_path_factory.mktemp("experiment") / "models_checkpoints" / "best.pt", tree)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +61,11 @@ def predictor(checkpoint) -> Predictor:
 
 # --- the predictor ---
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16"])
-def test_a_photo_of_any_mode_is_predicted(predictor, mode):
+def test_a_photo_of_any_mode_is_predicted_and_left_as_it_is(predictor, mode):
     photo = Image.new(mode, (40, 34)) if mode in ("LAB", "I;16") else noise(40, 34).convert(mode)
+    before = photo.tobytes()
     assert predictor(photo).leaves.shape == (34, 40)
+    assert (photo.mode, photo.size, photo.tobytes()) == (mode, (40, 34), before)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1), (31, 33), (64, 32)])
@@ -80,10 +88,8 @@ def test_levels_follow_from_the_leaves_and_shares_from_both(predictor, tree):
 
 
 def test_the_prediction_is_what_evaluation_decodes(predictor, tree):
-    photo = noise(75, 50)
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()
-    logits = photo_logits(predictor.network, image, (50, 75))
-    result = predictor(photo)
+    logits = photo_logits(predictor.network, pixels(noise(75, 50)), (50, 75))
+    result = predictor(noise(75, 50))
     assert np.array_equal(result.leaves, DECODERS["logit_sum"](logits, tree)[0].numpy())
     assert np.allclose(result.scores, logits[0].sigmoid().numpy(), rtol=1e-6)  # vectorised and scalar sigmoid differ
 
@@ -97,13 +103,6 @@ def test_a_photo_on_its_side_is_predicted_upright(predictor, tmp_path):
     with Image.open(tmp_path / "turned.png") as photo:
         assert np.array_equal(predictor(photo).leaves, expected)
     assert np.array_equal(predictor.predict_file(tmp_path / "turned.png").leaves, expected)
-
-
-def test_the_callers_picture_is_left_as_it_is(predictor):
-    photo = noise(50, 40).convert("RGBA")
-    before = photo.tobytes()
-    predictor(photo)
-    assert (photo.mode, photo.size, photo.tobytes()) == ("RGBA", (50, 40), before)
 
 
 @pytest.mark.parametrize("tta", ["flip", "full"])
@@ -136,8 +135,7 @@ def test_a_file_is_read_as_evaluation_reads_it(tmp_path, tree, size):
     """A JPEG, which decodes smaller at once, so that reading and then resizing would give other pixels."""
     predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
     noise(*size).save(tmp_path / "photo.jpg")
-    fed = torch.from_numpy(np.array(read_photo(tmp_path / "photo.jpg", 64))).permute(2, 0, 1)
-    expected = photo_logits(predictor.network, fed, size[::-1])
+    expected = photo_logits(predictor.network, pixels(read_photo(tmp_path / "photo.jpg", 64)), size[::-1])
     assert torch.equal(predictor.predict_file(tmp_path / "photo.jpg").logits, expected[0])
 
 
@@ -174,9 +172,9 @@ def photos(tmp_path) -> Path:
 def run(monkeypatch, checkpoint, tmp_path):
     """Calls the tool; returns its exit status."""
 
-    def call(*arguments) -> int:
-        words = [*map(str, arguments), "--checkpoint", str(checkpoint), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["predict.py", *words, "--out", str(tmp_path / "out")])
+    def call(*arguments, checkpoint: Path = checkpoint) -> int:
+        words = [*arguments, "--checkpoint", checkpoint, "--device", "cpu", "--out", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
         return predict.main()
 
     return call
@@ -203,29 +201,20 @@ def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, pre
         assert overlay.height > 34  # the legend stands below
 
 
-def test_photos_of_other_known_kinds_are_found(run, tmp_path, predictor):
+def test_photos_of_other_known_kinds_are_found_and_an_experiment_is_named_by_its_folder(
+    run, tmp_path, checkpoint, predictor
+):
     for name in ("a.tif", "b.GIF"):
         noise(40, 34).save(tmp_path / name)
-    assert run(tmp_path) == 0
+    assert run(tmp_path, checkpoint=checkpoint.parents[1]) == 0
     assert [line["name"] for line in lines(tmp_path / "out")] == ["a", "b"]
     expected = predictor(noise(40, 34)).leaves
     assert np.array_equal(read_labels(tmp_path / "out" / "level1_parts" / "a.png"), expected)
 
 
-def test_an_experiment_is_named_by_its_folder(checkpoint, tmp_path):
-    (tmp_path / "x" / "models_checkpoints").mkdir(parents=True)
-    shutil.copy(checkpoint, tmp_path / "x" / "models_checkpoints" / "best.pt")
-    assert find_model(str(tmp_path / "x"), REPO) == tmp_path / "x" / "models_checkpoints" / "best.pt"
-
-
-def test_spoilt_weights_stop_it_with_the_photos_path(checkpoint, photos, tmp_path, monkeypatch):
-    state = load_checkpoint(checkpoint)
-    state["model"]["segmentation_head.bias"][0] = torch.nan
-    write_whole(pack(state), tmp_path / "nan.pt")
-    words = ["predict.py", str(photos), "--checkpoint", str(tmp_path / "nan.pt"), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu"])
+def test_spoilt_weights_stop_it_with_the_photos_path(run, photos, tmp_path, tree):
     with pytest.raises(UserError, match=r"photo '.*a.png': the network's logits are not finite"):
-        predict.main()
+        run(photos, checkpoint=write_checkpoint(tmp_path / "nan.pt", tree, torch.nan))
 
 
 def test_an_overlay_is_drawn_on_the_photo_at_its_own_size(tmp_path, tree):
@@ -266,11 +255,10 @@ def test_earlier_predictions_are_neither_replaced_nor_predicted_again(run, photo
 
 
 def test_a_path_that_names_nothing_is_a_mistake(run, tmp_path):
-    with pytest.raises(UserError, match=r"absent.*no such photo"):
-        run(tmp_path / "absent.jpg")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no photo"):
-        run(tmp_path / "empty")
+    for name, message in (("absent.jpg", r"absent.*no such photo"), ("empty", "holds no photo")):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / name)
 
 
 @pytest.mark.slow

@@ -277,6 +277,7 @@ def test_a_photo_whose_maps_are_gone_is_named_on_its_card(browser, tmp_path, h):
     for script in (tmp_path / "pictures" / "report").glob("*.js"):
         script.unlink()
     browser.get((tmp_path / "index.html").as_uri())
+    browser.execute_script("document.querySelector('.card').scrollIntoView()")
     assert "is missing" in arrived(browser, ".card .warning").text
     browser.get_log("browser")  # the missing file is reported there, rightly
 
