@@ -35,7 +35,7 @@ from utils.hierarchy import Hierarchy
 from utils.ids import PhotoFolder, draw_split, files_below, id_fault, read_ids, same_form, write_ids
 from utils.images import read_labels, read_photo, write_indexed
 from utils.masks import MaskReader, find_masks
-from utils.pascal_part import LeftOut, import_loadmat, paint, read_annotation
+from utils.pascal_part import LeftOut, import_loadmat, read_annotated
 from utils.visualize import legend, overlay, stack, thumbnail
 
 REPO = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def prepare(args: argparse.Namespace, h: Hierarchy) -> int:
         files.setdefault(same_form(path.stem), []).append(path)
     claim_folder(args.out, record, args.overwrite)
 
-    read = partial(read_raw, id_of_class={name: v for v, name in enumerate(h.names)})
+    read = partial(read_annotated, id_of_class={name: v for v, name in enumerate(h.names)})
     work = partial(convert, read=read, h=h, out=args.out, copy=args.copy)
     counts, problems, left_out = sorted_out(map_files(work, items_of(files, PhotoFolder(photos_dir)), "prepare"))
     if not counts:
@@ -151,11 +151,6 @@ def sorted_out(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Counts, problems and reasons to be left out, each by id."""
     fields = Outcome._fields[1:]
     return [{o.sample_id: getattr(o, field) for o in outcomes if getattr(o, field) is not None} for field in fields]
-
-
-def read_raw(path: Path, id_of_class: dict[str, int]) -> np.ndarray:
-    """The label map of a raw annotation. Shape: (H, W), uint8. Raises: LeftOut, UserError."""
-    return paint(read_annotation(path), id_of_class)
 
 
 def read_mask(path: Path, reader: MaskReader) -> np.ndarray:

@@ -25,11 +25,7 @@ class LeftOut(Exception):
     """A photo that is no part of the data set, by its rules and not by a fault; the message says why."""
 
 
-def read_annotation(path: Path) -> Any:
-    """The `anno` struct of a raw annotation.
-
-    Raises: UserError where scipy is missing, or the file is damaged or holds no `anno`.
-    """
+def _read_mat(path: Path) -> Any:
     loadmat = import_loadmat()
     try:
         content = loadmat(path, struct_as_record=False, squeeze_me=True, variable_names=["anno"])
@@ -52,16 +48,17 @@ def import_loadmat() -> Callable[..., dict[str, Any]]:
     return loadmat
 
 
-def paint(anno: Any, id_of_class: dict[str, int]) -> np.ndarray:
-    """The label map of an annotation.
+def read_annotated(path: Path, id_of_class: dict[str, int]) -> np.ndarray:
+    """The label map of a raw annotation.
 
     Every part of every object, in order, paints over what is there: a person's its class, any other's
     background. Whole-object masks are not used.
 
     Shape: (H, W), uint8.
     Raises: LeftOut where no part of a person is seen; UserError for an unknown part of a person, part masks of
-    different sizes, missing fields.
+    different sizes, missing fields, a damaged file.
     """
+    anno = _read_mat(path)
     things = [(str(_field(thing, "class")) == "person", thing) for thing in _structs(anno, "objects")]
     if not any(is_person for is_person, _ in things):
         raise LeftOut("no person")
