@@ -1,5 +1,6 @@
 """Equal configs give equal trainings. That loading does not depend on workers is shown in test_data_pipeline.py."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import models.hseg
 from configs.config import Config
 from manage.checkpoint import load_checkpoint
 from manage.curves import what_tells_apart
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions
+from manage.predictor import Predictor
 from manage.train_manager import TrainManager
 from tests.factory import TINY, curves, make_data, records, run, write_config
 from tests.kill import before_step
@@ -101,6 +105,40 @@ def test_the_seconds_before_a_stop_are_counted(data, tmp_path):
     status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=slow)
     assert status == 128 + signal.SIGTERM, output
     assert state(tmp_path)["seconds"] >= 0.6
+
+
+# --- start weights ---
+CACHED = "hub/checkpoints/resnet18-f37072fd.pth"  # torch's name for what `pretrained` asks for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{"pretrained": True}, {"encoder_weights": CACHED}, {"init_from": CACHED}])
+def test_start_weights_may_go_once_there_is_a_checkpoint(data, tmp_path, monkeypatch, keys):
+    start = tmp_path / CACHED
+    start.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: fail_with(OSError("no network")))
+    whole = torchvision.models.resnet18().state_dict()  # older files lack the counters
+    torch.save({key: value for key, value in whole.items() if "num_batches_tracked" not in key}, start)
+    places = {
+        "root_dir": str(tmp_path),
+        "root_data_dir": str(data),
+        "n_train_photos": 2,
+        "n_val_photos": 1,
+        "n_epochs": 1,
+    }
+    config = Config(**TINY | places | keys)
+    if config.init_from:
+        TrainManager(Config(**TINY | places | {"exp_name": "first"})).run()
+        (tmp_path / "experiments/first/models_checkpoints/last.pt").replace(start)
+    assert TrainManager(config).run() == 0
+    start.unlink()
+    with pytest.raises(UserError, match="resnet18-f37072fd"):  # a new run cannot do without
+        TrainManager(dataclasses.replace(config, exp_name="other")).run()
+    assert TrainManager(dataclasses.replace(config, n_epochs=2)).run("") == 0
+    scored = EvaluationManager(config, EvaluationOptions(checkpoint="last", pictures=False)).run()
+    assert scored["epoch"] == 2
+    Predictor.load(config.checkpoints_dir / "last.pt", "cpu")
 
 
 # --- an end that nobody foresaw ---
