@@ -23,7 +23,7 @@ from manage.checkpoint import (
     pack,
 )
 from tests.conftest import REPO
-from tests.factory import Child, make_data, records, run, save_each_step, write_config
+from tests.factory import Child, make_data, records, run, write_config
 from tests.kill import before_step, fail_at, wait_until_there
 from utils.errors import UserError
 from utils.files import write_whole
@@ -215,13 +215,6 @@ def test_a_missing_checkpoint_is_answered_with_those_that_are_there(tmp_path):
 
 
 # --- runs ---
-@pytest.mark.slow
-def test_a_run_keeps_the_newest_and_the_best(train, folder):
-    status, output = train(n_epochs=5, keep=2)
-    assert status == 0, output
-    assert {path.stem for path in folder.iterdir()} == {"best", "last", "previous", "checkpoint_4", "checkpoint_5"}
-
-
 def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -308,13 +301,6 @@ def test_a_folder_that_becomes_read_only_keeps_what_there_was(waiting, folder, r
     assert child.wait() == 2, child.output
     assert "Read-only file system); the older ones stand" in child.output
     assert load_checkpoint(folder / "last.pt")["epoch"] == 1
-
-
-@pytest.mark.slow
-def test_inside_an_epoch_last_is_saved_by_the_clock(train, folder):
-    train(prepare=[(save_each_step,), (before_step, 1, os._exit, 9)])
-    state = load_checkpoint(folder / "last.pt")
-    assert (state["epoch"], state["batch"], state["step"]) == (0, 1, 1)
 
 
 @pytest.mark.slow

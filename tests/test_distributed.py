@@ -61,12 +61,6 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def run(processes: int, script: str, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(processes, script, *arguments), capture_output=True, text=True, env=environment(), timeout=PATIENCE
-    )
-
-
 def computed(processes: int, script: str, *arguments) -> str:
     """What processes print that torchrun's own variables alone tell of each other: they start in no time."""
     with socket.socket() as free:
@@ -98,11 +92,13 @@ def assert_same(one: dict, other: dict) -> None:
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_two_processes_train_to_the_weights_and_scores_of_one(config_file):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_train_to_the_weights_and_scores_of_one(config_file, accumulate):
     cfg = config_file()
-    computed(1, "train.py", "--cfg", cfg, "exp_name=one", "batch_size=2")
-    output = computed(2, "train.py", "--cfg", cfg, "exp_name=two", "batch_size=1")
-    assert "steps of 2 photos (1 x 1 accumulated x 2 processes)" in output
+    computed(1, "train.py", "--cfg", cfg, "exp_name=one", f"batch_size={2 * accumulate}")
+    output = computed(2, "train.py", "--cfg", cfg, "exp_name=two", "batch_size=1", f"accumulate={accumulate}")
+    assert f"steps of {2 * accumulate} photos (1 x {accumulate} accumulated x 2 processes)" in output
+    # With accumulation a step holds the same four photos, in another order.
     assert_same(weights(cfg, "one"), weights(cfg, "two"))
     start, end = weights(cfg, "one", "checkpoint_1"), weights(cfg, "one")
     assert max((end[key] - start[key]).abs().max() for key in end) > 1e-4  # there was something to compare
@@ -113,14 +109,6 @@ def test_two_processes_train_to_the_weights_and_scores_of_one(config_file):
     for one, two in zip(*lines, strict=True):
         assert two["loss_train"] == pytest.approx(one["loss_train"], rel=1e-4)
         assert two["loss_val"] == pytest.approx(one["loss_val"], rel=1e-4)
-
-
-def test_accumulation_and_processes_together_equal_one_large_batch(config_file):
-    cfg = config_file(n_epochs=1)
-    computed(1, "train.py", "--cfg", cfg, "exp_name=one", "batch_size=4")
-    computed(2, "train.py", "--cfg", cfg, "exp_name=two", "batch_size=1", "accumulate=2")
-    # A step of two processes that accumulate holds the same four photos, in another order.
-    assert_same(weights(cfg, "one"), weights(cfg, "two"))
 
 
 def test_two_processes_evaluate_to_exactly_the_scores_of_one(config_file):
@@ -221,31 +209,27 @@ def test_a_killed_process_ends_the_run_which_resumes_with_any_number(config_file
     assert "2 processes before, 1 now: a step takes 1 photos from here on" in output
 
 
+def fault(cfg: Path) -> str:
+    """What two processes print that end with an error; it is told once."""
+    with started(2, cfg) as run:
+        output = run.end()
+    assert run.returncode != 0
+    assert output.count("error: ") == 1, output
+    return output
+
+
 def test_a_fault_in_one_process_ends_all_and_is_told_once(config_file, sample_data, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(sample_data, data)
     damaged = (data / "train_id.txt").read_text().split()[0]
     next((data / "JPEGImages").glob(f"{damaged}.*")).write_bytes(b"not a photo")
     cfg = config_file(exp_name="faulty", batch_size=3, root_data_dir=str(data))
-    done = run(2, "train.py", "--cfg", cfg)
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    assert damaged in done.stderr
-
-
-def test_a_fault_in_all_processes_is_told_once(config_file):
-    done = run(2, "train.py", "--cfg", config_file(batch_size=1), "--resume")
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    assert "nothing to resume there" in done.stderr
+    assert damaged in fault(cfg)
 
 
 def test_a_loss_that_is_not_finite_names_the_photos_of_all_processes(config_file, sample_data):
     cfg = config_file(exp_name="wild", lr=100, batch_size=1, n_epochs=50)
-    done = run(2, "train.py", "--cfg", cfg)
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1
-    ids = re.search(r"is not finite\. Photos: (\S+), (\S+)\. The checkpoints in", done.stderr).groups()
+    ids = re.search(r"is not finite\. Photos: (\S+), (\S+)\. The checkpoints in", fault(cfg)).groups()
     assert len(set(ids)) == 2
     assert set(ids) <= set((sample_data / "train_id.txt").read_text().split())
     assert not list(folder(cfg, "wild").glob("models_checkpoints/*.pt"))
@@ -280,4 +264,5 @@ def test_on_a_screen_an_error_is_the_last_thing_said(config_file):
     assert process.wait(PATIENCE) != 0
     lines = text.decode().strip().splitlines()
     assert "ChildFailedError" in text.decode()
+    assert "nothing to resume there" in lines[-1]
     assert [number for number, line in enumerate(lines, start=1) if line.startswith("error: ")] == [len(lines)], lines
