@@ -187,7 +187,7 @@ def epochs(root: Path) -> int:
 def test_a_runner_that_is_stopped_and_killed_goes_on(tmp_path: Path) -> None:
     """Stopped, its trainings save and end; killed, they go on alone, and the next runner waits for them."""
     make_data(tmp_path / "data", train=12, val=2)
-    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=3)
+    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=6)
     path = write_runs(tmp_path, {"name": "tm", "cfg": str(cfg), "seeds": [0]}, search={"lr": [0.001]})
     for end, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         before, runner = epochs(tmp_path), start(path)
@@ -201,9 +201,9 @@ def test_a_runner_that_is_stopped_and_killed_goes_on(tmp_path: Path) -> None:
     runner = start(path)
     output, _ = runner.communicate(timeout=240)
     assert runner.returncode == 0, output
-    assert epochs(tmp_path) == 6  # of the try and of the run itself; none was counted twice
+    assert epochs(tmp_path) == 12  # of the try and of the run itself; none was counted twice
     scores = json.loads((tmp_path / "experiments/trial_tm_seed0/evaluation/last/scores.json").read_text())
-    assert (scores["epoch"], set(scores["rules"])) == (3, set(DECODE_RULES))
+    assert (scores["epoch"], set(scores["rules"])) == (6, set(DECODE_RULES))
     assert "Chosen for tm on the held-out photos: lr 0.001" in (tmp_path / "out" / "experiments.md").read_text()
 
 
