@@ -224,7 +224,7 @@ class EvaluationManager:
         meters = [LevelScores(self.hierarchy, self.device, own_rule) for _ in self.decodings]
         counts: dict[int, list[np.ndarray]] = {}  # photo -> confusion matrix by rule
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
-        with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy, self.options.pictures) as writer:
+        with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy) as writer:
             for prediction in predictions(self.network, self.loader, self.device, self.tolerance, self.how, bar):
                 with photo_named(self.ids[prediction.index]):
                     counts[prediction.index] = self._score(prediction, meters, writer)
@@ -362,23 +362,18 @@ class PictureWriter:
 
     WAITING = 16 * 2**20  # pixels of photos that wait to be drawn
 
-    def __init__(self, folder: Path, hierarchy: Hierarchy, is_on: bool, threads: int = 2) -> None:
+    def __init__(self, folder: Path, hierarchy: Hierarchy) -> None:
         self.folder, self.hierarchy = folder / "pictures", hierarchy
-        self.pool = ThreadPoolExecutor(threads) if is_on else None
-        self.jobs: list = []  # (future, pixels)
+        self.pool, self.jobs = ThreadPoolExecutor(2), []  # jobs: (future, pixels)
         self.drawn: dict[str, dict[str, Any]] = {}  # id -> what the page knows of the photo's pictures
 
     def __enter__(self) -> "PictureWriter":
-        if self.pool is not None:
-            for name in (*self.hierarchy.level_names, "overlay", "report"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=kind is not None)
-            if kind is None:
-                self._collect(0)
+        self.pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._collect(0)
 
     def add(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         self.jobs.append((self.pool.submit(self._draw, sample_id, photo, leaves, maps), leaves.size))
@@ -394,6 +389,8 @@ class PictureWriter:
 
     def _draw(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         h = self.hierarchy
+        for name in (*h.level_names, "overlay", "report"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         photo = np.asarray(read_photo(photo)) if isinstance(photo, Path) else photo
         self.drawn[sample_id] = report.write_photo(self.folder / "report", sample_id, photo, maps, h)
         for level, name in enumerate(h.level_names):

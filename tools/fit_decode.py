@@ -150,11 +150,7 @@ def sample(photos: Iterable, rule: str, h: Hierarchy, seed: int) -> Iterator[Pix
 
 
 def join(parts: list[Pixels]) -> Pixels:
-    return Pixels(
-        torch.cat([part.labels for part in parts]),
-        torch.cat([part.leaves for part in parts], dim=1),
-        torch.cat([part.scores for part in parts], dim=1),
-    )
+    return Pixels(*(torch.cat(values, dim=-1) for values in zip(*(vars(p).values() for p in parts), strict=True)))
 
 
 def choose_ids(config: Config, n_photos: int, seed: int) -> list[str]:
