@@ -85,7 +85,7 @@ class TrainManager:
         self.best_epoch: int | None = None
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
         self.val_tolerance = Tolerance(config.skip_unreadable, self.val_ids)
-        self.late, self.newest_loss = LateSteps(), math.nan
+        self.late, self.newest_loss = LateSteps(), "-"  # as it is shown
         self.is_whole = True  # between two steps, all of them finite as far as is known
         self.signal: int | None = None  # what this process was told
         self.stopped_by: int | None = None  # what one of all processes was told, once all know
@@ -293,7 +293,7 @@ class TrainManager:
             seen += len(group) * self.batches.batch_size * self.world
             now = time.monotonic()
             self.seconds, counted = self.seconds + now - counted, now
-            shown.set_postfix(loss=f"{self.newest_loss:.3f}", photos=f"{seen / (now - began):.1f}/s", refresh=False)
+            shown.set_postfix(loss=self.newest_loss, photos=f"{seen / (now - began):.1f}/s", refresh=False)
             shown.update(len(group))
             if self._stop_if_asked(wants_save=now - last_save > SAVE_EVERY_S):
                 last_save = now
@@ -328,7 +328,7 @@ class TrainManager:
             if not step.is_fine():
                 self.is_whole = False
                 raise UserError(self._not_finite(step, loss, norm))
-            self.newest_loss = loss
+            self.newest_loss = f"{loss:.3f}"
             if step.number % self.config.log_every == 0:
                 self.report.curves.scalars({"loss": loss, "lr": step.lr}, step.number)
 
