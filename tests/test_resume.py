@@ -83,7 +83,9 @@ def assert_same(one, other, where="state"):
 
 def assert_same_run(root, reference):
     """Weights, averages, optimiser, random states, best score, losses, metrics and curves: nothing lost or doubled."""
-    for name in ("last", "best", "checkpoint_3", "checkpoint_4"):
+    names = {"last", "best", "previous", "checkpoint_3", "checkpoint_4"}
+    assert {path.stem for path in (root / "experiments/tiny/models_checkpoints").glob("*.pt")} == names, "keep is 2"
+    for name in names - {"previous"}:
         one, other = checkpoint(root, name), checkpoint(reference, name)
         for state in (one, other):
             del state["seconds"], state["config"]["root_dir"]
