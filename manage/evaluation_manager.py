@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, lo
 from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
 from manage.experiment import environment
 from manage.inference import chosen_amp, of_one_size, photo_named, pixels_at_once, rows_of_each
-from manage.network import check_same_network, load_hierarchy, restore_network, tree_changes
+from manage.network import restore_network, tree_changes
 from manage.predictor import Decoding, how_to_feed
 from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
 from utils import visualize
@@ -168,8 +168,7 @@ class EvaluationManager:
     """
 
     def __init__(self, config: Config, options: EvaluationOptions) -> None:
-        self.config, self.options = config, options
-        self.device = distributed.choose_device(config.device)
+        self.options, self.device = options, distributed.choose_device(config.device)
         distributed.start(self.device)
         if options.limit is not None and options.limit < 1:
             raise UserError(f"--limit {options.limit}: expected at least 1 photo")
@@ -179,7 +178,8 @@ class EvaluationManager:
         state = load_checkpoint(self.checkpoint)
         self.trained_with, self.hierarchy, network = restore_network(state, str(self.checkpoint))
         self.epoch = state["epoch"]
-        self._check_config(state)
+        self._say_what_is_not_used(config)
+        self.config = config = replace(config, short_side=self.trained_with.short_side)
         self.network = network.to(self.device, memory_format=torch.channels_last)  # on a CPU a fifth faster
         check_data(config, self.hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
@@ -193,25 +193,17 @@ class EvaluationManager:
         self.folder = config.experiment_dir / "evaluation" / self._name()
         self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
 
-    def _check_config(self, state: dict) -> None:
-        """The config against the checkpoint: what cannot be is an error, what is not used is said."""
-        config, trained_with, source = self.config, self.trained_with, str(self.checkpoint)
-        notes = []
-        if config.hierarchy_file.is_file() or config.hierarchy != trained_with.hierarchy:  # a shipped model has its own
-            hierarchy = load_hierarchy(config)
-            check_same_network(config, hierarchy, state, source)
-            changes = [text for text in tree_changes(self.hierarchy, hierarchy) if not text.startswith("'name'")]
-            if changes:
+    def _say_what_is_not_used(self, config: Config) -> None:
+        """A network is fed and decoded as it was trained, whatever the config says of that."""
+        own, notes = self.trained_with, []
+        if config.hierarchy_file.is_file():
+            changes = tree_changes(self.hierarchy, Hierarchy.load(config.hierarchy_file))
+            if changes := [text for text in changes if not text.startswith("'name'")]:
                 notes.append(f"the config's tree is another one ({'; '.join(changes)}): scores are by the checkpoint's")
-        if config.short_side != trained_with.short_side:
-            raise UserError(
-                f"key 'short_side': {config.short_side}, but {source} was trained at "
-                f"{trained_with.short_side}; use the config that it was trained with"
-            )
-        for key in ("decode", "root_bias", "tta"):
-            ours, own = getattr(config, key), getattr(trained_with, key)
-            if getattr(self.options, key) is None and ours not in (own, getattr(Config, key, {})):
-                notes.append(f"the config's {key} {ours} is not used, but the checkpoint's own {own}; give {key}=...")
+        for key in ("encoder", "decoder_channels", "short_side", "decode", "root_bias", "tta"):
+            ours, theirs = getattr(config, key), getattr(own, key)
+            if getattr(self.options, key, None) is None and ours not in (theirs, getattr(Config(), key)):
+                notes.append(f"the config's {key} {ours} is not used, but the checkpoint's own {theirs}")
         if distributed.is_main():
             for note in notes:
                 print(f"note: {note}")

@@ -1,6 +1,6 @@
 """From a checkpoint to label maps of any photo.
 
-predictor = Predictor.load("best.pt")           # or an experiment's folder, or one that tools/export.py wrote
+predictor = Predictor.load()                    # the shipped model; or a checkpoint, an experiment, a folder of export
 result = predictor(Image.open("photo.jpg"))     # .levels .leaves .scores .shares
 """
 
@@ -26,6 +26,7 @@ from utils.files import read_json
 from utils.hierarchy import Hierarchy
 from utils.images import photo_size, read_photo, scaled_size, upright_rgb
 
+SHIPPED = REPOSITORY / "models" / "pretrained" / "pascal_part.pt"  # used where no checkpoint is named
 EXACT = 2**26  # logits of one photo that are kept in float32; more are kept in float16
 
 
@@ -61,6 +62,23 @@ class Decoding:
 
     def __str__(self) -> str:
         return self.rule + (f" with root_bias {self.root_bias}" if self.root_bias else "")
+
+
+def find_or_shipped(checkpoint: str | Path | None) -> Path:
+    """What --checkpoint names; where it names nothing, the shipped model. Raises: UserError."""
+    if checkpoint is not None:
+        return find_model(str(checkpoint), REPOSITORY)
+    if not SHIPPED.is_file():
+        raise UserError(
+            f"{SHIPPED}: the shipped model is not there; put it back, or name a model of yours, such as --checkpoint "
+            "quickstart"
+        )
+    return SHIPPED
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, or a folder that tools/export.py wrote. Raises: UserError."""
+    return load_folder(path) if path.is_dir() else load_checkpoint(path)
 
 
 def load_folder(folder: Path) -> dict[str, Any]:
@@ -142,6 +160,7 @@ class Predictor:
         tile: int | None = None,
     ) -> None:
         self.network, self.config, self.hierarchy = network.eval(), config, hierarchy
+        self.source: Path | None = None  # the file that it was loaded from
         self.decoding = Decoding.of(config, decode, root_bias)
         self.decoding.biases(hierarchy)
         self.device = next(network.parameters()).device
@@ -150,16 +169,19 @@ class Predictor:
         }
 
     @classmethod
-    def load(cls, checkpoint: str | Path, device: str = "auto", **options) -> "Predictor":
+    def load(cls, checkpoint: str | Path | None = None, device: str = "auto", **options) -> "Predictor":
         """A predictor from a checkpoint, which holds all that it needs; options as in the constructor.
+
+        None: the shipped model.
 
         Raises: UserError for a checkpoint, device or option that cannot be used.
         """
         where = distributed.choose_device(device)
-        path = find_model(str(checkpoint), REPOSITORY)
-        state = load_folder(path) if path.is_dir() else load_checkpoint(path)
-        config, hierarchy, network = restore_network(state, str(path))
-        return cls(network.to(where), config, hierarchy, **options)
+        path = find_or_shipped(checkpoint)
+        config, hierarchy, network = restore_network(load_state(path), str(path))
+        predictor = cls(network.to(where), config, hierarchy, **options)
+        predictor.source = path
+        return predictor
 
     def __call__(self, photo: Image.Image, keep_logits: bool = True) -> Result:
         """Predicts a photo of any mode and size.
@@ -179,7 +201,7 @@ class Predictor:
 
     def __str__(self) -> str:
         tta = "" if self.how["tta"] == "off" else f", tta {self.how['tta']}"
-        return f"decoded by {self.decoding}{tta}"
+        return f"{self.source or self.config.exp_name}, decoded by {self.decoding}{tta}"
 
     def fed(self, photo: Image.Image) -> Image.Image:
         """An upright RGB photo at the size at which the network takes it."""

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import manage.predictor
 from configs.config import Config
 from manage.predictor import Predictor
 from tools import demo
@@ -91,8 +92,11 @@ def test_the_masks_are_those_of_predict(predictor, photo):
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["demo.py"])
-    monkeypatch.setattr(demo, "SHIPPED", tmp_path)
-    for gradio, message in ((object(), "no model lies in .*--checkpoint"), (None, "pip install -r requirements-demo")):
+    monkeypatch.setattr(manage.predictor, "SHIPPED", tmp_path / "shipped.pt")
+    for gradio, message in (
+        (object(), "the shipped model is not there.*--checkpoint"),
+        (None, "pip install -r requirements-demo"),
+    ):
         monkeypatch.setattr(demo, "gr", gradio)
         with pytest.raises(UserError, match=message):
             demo.main()

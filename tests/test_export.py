@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
+import manage.predictor
 from configs.config import DECODE_RULES
-from manage.checkpoint import checkpoint_digest
+from manage.checkpoint import checkpoint_digest, load_checkpoint, pack
 from manage.predictor import Predictor
 from tests.test_predict import noise, write_checkpoint
-from tools import export
+from tools import export, predict
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import read_json, write_json, write_whole
 from utils.hierarchy import Hierarchy
 
 SIZES = [(1, 3, 1, 1), (1, 3, 20, 45), (2, 3, 64, 64), (3, 3, 37, 91)]
@@ -89,40 +91,95 @@ def test_torch_and_onnx_agree_with_pytorch_for_any_batch_and_size(
             same(lambda x: map(torch.from_numpy, session.run(None, {"photos": x.numpy()})), model, shape)
 
 
-def test_a_folder_holds_all_that_the_predictor_needs_and_a_card(checkpoint, tmp_path, monkeypatch, capsys, tree):
-    pytest.importorskip("safetensors")
-    folder = tmp_path / "model"
-    options = ("--format", "folder", "--decode", "prob_sum", "--tta", "flip", "--licence", "cc-by-4.0")
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_a_model_to_hand_on_holds_all_that_the_predictor_needs_and_a_card(
+    checkpoint, tmp_path, monkeypatch, tree, kind
+):
+    if kind == "folder":
+        pytest.importorskip("safetensors")
+    path = tmp_path / "small" if kind == "folder" else tmp_path / "small.pt"
+    options = ("--format", kind, "--name", "small", "--decode", "prob_sum", "--tta", "flip", "--licence", "cc-by-4.0")
     assert run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path, *options) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-    again = Predictor.load(folder, "cpu")
-    assert str(again) == "decoded by prob_sum, tta flip"
+    again = Predictor.load(path, "cpu")
+    assert str(again) == f"{path}, decoded by prob_sum, tta flip"
     expected = Predictor.load(checkpoint, "cpu", decode="prob_sum", tta="flip")(noise(50, 37))
-    assert torch.equal(again(noise(50, 37)).logits, expected.logits)
-    card = (folder / "README.md").read_text()
-    assert "license: cc-by-4.0" in card
-    assert "Not evaluated" in card
-    assert all(name in card for name in tree.names)
+    close = {"atol": 0, "rtol": 0} if kind == "folder" else {"atol": 0.1, "rtol": 0.05}
+    torch.testing.assert_close(again(noise(50, 37)).logits, expected.logits, **close)
+    card = next(tmp_path.rglob("README.md")).read_text()
+    assert all(text in card for text in (*tree.names, "license: cc-by-4.0", "Not evaluated", "1 epochs"))
+    with pytest.raises(UserError, match="exists already"):
+        run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path, *options)
 
-    with_scores = Predictor.load(checkpoint, "cpu")
-    record = {"photos": 7, "scores": {"mIoU1": 0.5, "pixel_accuracy": None}}
-    card = export.card(with_scores, with_scores.config, record, "x")
-    assert "On 7 photos:" in card
-    assert "| mIoU1 | 50.00 |" in card
-    (folder / "model.safetensors").write_bytes(b"half")
+
+def test_a_damaged_folder_is_named(tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match=r"model.safetensors: damaged"):
-        Predictor.load(folder, "cpu")
+        Predictor.load(tmp_path, "cpu")
 
 
-def test_the_card_takes_scores_of_this_checkpoint_and_these_options_alone(tmp_path, tree):
+@pytest.fixture
+def shipped(tmp_path, tree, monkeypatch) -> Path:
+    """A tiny stand-in for the shipped model, made as that is made, from a checkpoint with all that a training saves."""
+    places = {"root_dir": str(tmp_path), "encoder_weights": str(tmp_path / "w.pth"), "device": "cuda:7"}
     path = tmp_path / "experiments" / "x" / "models_checkpoints" / "best.pt"
-    config = Predictor.load(write_checkpoint(path, tree, exp_name="x", root_dir=str(tmp_path)), "cpu").config
-    record = {"checkpoint_sha256": checkpoint_digest(path), "decode": config.decode, "root_bias": {}, "tta": "off"}
-    for name, changed in (("other", {"checkpoint_sha256": "0"}), ("flip", {"tta": "flip"}), ("own", {})):
-        assert export.scores_of(path, config) is None
-        (path.parents[1] / "evaluation" / name).mkdir(parents=True)
-        write_json(record | changed, path.parents[1] / "evaluation" / name / "scores.json")
-    assert export.scores_of(path, config) == record
+    write_checkpoint(path, tree, exp_name="x", short_side=48, root_bias={"body": 0.5}, n_val_photos=1, **places)
+    write_json([{"commit": "abc123"}], path.parents[1] / "environment.json")
+    state = load_checkpoint(path)
+    write_whole(pack(state | {"optimizer": {"state": torch.zeros(10**6)}, "ema": state["model"]}), path)
+    file = tmp_path / "models" / "pretrained" / "shipped.pt"
+    options = ("--out", file.parent, "--name", "shipped", "--format", "checkpoint")
+    assert run(monkeypatch, "--checkpoint", path, *options) == 0
+    monkeypatch.setattr(manage.predictor, "SHIPPED", file)
+    return file
+
+
+def test_a_shipped_file_is_the_network_alone_in_half_precision_and_names_no_place(shipped, tmp_path):
+    state, best = load_checkpoint(shipped), tmp_path / "experiments/x/models_checkpoints/best.pt"
+    assert {value.dtype for value in state["model"].values() if value.dim() > 1} == {torch.float16}
+    assert {"optimizer"} & {*state} == set()
+    assert state["origin"] == {
+        "experiment": "x",
+        "checkpoint": "best.pt",
+        "sha256": checkpoint_digest(best),
+        "commit": "abc123",
+    }
+    assert state["config"]["encoder_weights"] == "w.pth"
+    assert (state["config"]["device"], state["config"]["n_val_photos"]) == ("auto", None)
+    assert str(tmp_path) not in json.dumps(state["config"])
+    assert {value.dtype for value in Predictor.load(shipped, "cpu").network.parameters()} == {torch.float32}
+
+
+def test_without_a_checkpoint_the_shipped_model_is_used_and_named(shipped, tmp_path, monkeypatch, capsys):
+    noise(90, 60).save(tmp_path / "photo.png")
+    assert run(monkeypatch, "--out", tmp_path / "again", "--format", "checkpoint") == 0
+    words = ["predict.py", tmp_path / "photo.png", "--out", tmp_path / "out", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    assert predict.main() == 0
+    assert capsys.readouterr().out.count(f"by {shipped}, decoded by logit_sum with root_bias") == 1
+    assert (tmp_path / "again/model.pt").read_bytes() == shipped.read_bytes(), "made of itself it is the same"
+    shipped.unlink()
+    with pytest.raises(UserError, match=r"shipped.pt: the shipped model is not there; .*--checkpoint quickstart"):
+        predict.main()
+
+
+def test_a_shipped_file_is_scored_as_it_is_and_its_card_takes_these_scores(shipped, sample_data, tmp_path, monkeypatch):
+    cfg = tmp_path / "mine.json"  # of other data and another network: the first is obeyed, the second is not
+    places = {"root_dir": str(tmp_path), "root_data_dir": str(sample_data), "device": "cpu", "num_workers": 0}
+    cfg.write_text(json.dumps(places | {"exp_name": "x", "short_side": 64, "encoder": "mobilenet_v2"}))
+    for options in ([], ["--tta", "flip"], ["--limit", "2"]):
+        words = ["evaluate.py", "--cfg", cfg, "--checkpoint", shipped, "--no-pictures", *options]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        assert evaluate.main() == 0
+    options = ("--out", shipped.parent, "--name", "shipped", "--format", "checkpoint", "--overwrite")
+    assert run(monkeypatch, *options) == 0
+    record = read_json(tmp_path / "experiments/x/evaluation/x-shipped/scores.json")
+    assert record["checkpoint_sha256"] == checkpoint_digest(shipped)
+    assert (record["photos"], record["config"]["short_side"]) == (4, 48)
+    card = shipped.with_name("README.md").read_text()
+    assert "On 4 photos" in card
+    assert "|  | logit_sum, tta off | logit_sum, tta flip |" in card
+    assert f"| mIoU1 | {100 * record['scores']['mIoU1']:.2f} |" in card
 
 
 def test_a_program_that_says_something_else_is_found_out(checkpoint, sample_data):
@@ -144,7 +201,7 @@ def test_missing_packages_are_named_with_the_way_to_get_them(checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--format", "tflite"), "'tflite' is not one of torch, onnx, folder"),
+        (("--format", "tflite"), "'tflite' is not one of torch, onnx, checkpoint, folder"),
         (("--format", "torch"), r"model.pt2 exists already; choose another --out, or give --overwrite"),
         (("--format", "torch", "--overwrite", "--check", "nowhere"), "expected a folder with photos"),
     ],

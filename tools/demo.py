@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from configs.config import DECODE_RULES, REPOSITORY, default_decode
+from configs.config import DECODE_RULES, default_decode
 from manage.predictor import Decoding, Predictor, Result
 from tools.predict import Output
 from utils.cli import run_main
@@ -39,7 +39,6 @@ from utils.errors import UserError
 from utils.images import photo_size, read_photo
 
 gr = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
-SHIPPED = REPOSITORY / "models" / "pretrained"
 LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
 
 SKELETON = """
@@ -211,9 +210,9 @@ def main() -> None:
     args = parser.parse_args()
     if gr is None:
         raise UserError("the page needs gradio: pip install -r requirements-demo.txt")
-    if not (found := [args.checkpoint] if args.checkpoint else sorted(map(str, SHIPPED.glob("*.pt")))):
-        raise UserError(f"no model lies in {SHIPPED}; name yours, such as --checkpoint quickstart")
-    launch(build(Predictor.load(found[0], args.device)), inbrowser=not args.no_browser, server_port=args.port)
+    predictor = Predictor.load(args.checkpoint, args.device)
+    print(f"photos are predicted by {predictor}")
+    launch(build(predictor), inbrowser=not args.no_browser, server_port=args.port)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""Exports a checkpoint: photos in, label maps and scores out; or as a folder to hand on.
+"""Exports a model: as a program, photos in, label maps and scores out; or as files to hand on.
 
-    python tools/export.py --checkpoint best.pt --out exported
-    python tools/export.py --checkpoint best.pt --out exported --format torch,onnx --check data/pascal_part/JPEGImages
-    python tools/export.py --checkpoint best.pt --out exported --format folder --licence CC-BY-4.0
+    python tools/export.py --out exported --format torch                  # the shipped model
+    python tools/export.py --checkpoint quickstart --out exported --format torch,onnx --check data/sample/JPEGImages
+    python tools/export.py --checkpoint best.pt --out exported --format checkpoint --name mine --licence CC-BY-4.0
 
-It writes model.pt2 (torch.export) and model.onnx, each one self-contained program, with model.json (the tree, the
-rule, and what the input must be); and a folder `model` of model.safetensors, config.json, tree.json and a card
-README.md, which Predictor.load and tools/predict.py take in place of a checkpoint.
+    torch       <name>.pt2   torch.export: one self-contained program, with <name>.json (tree, rule, what goes in)
+    onnx        <name>.onnx  the same
+    checkpoint  <name>.pt    the network without its training, weights in half precision: a sixth of best.pt
+    folder      <name>/      model.safetensors, config.json, tree.json
+
+The last two come with a card (README.md: scores of all evaluations of the very file, classes, recipe, licence), and
+are taken wherever a checkpoint is. A program is used without this project:
 
     input   photos    (B, 3, H, W) RGB 0..255, uint8 or with --dtype float32 float; any B, H and W
     output  leaves    (B, H, W) uint8 node ids
             scores    (B, N, H, W) float32 in [0, 1]
 
 Normalisation, padding, views of --tta, and decoding with the checkpoint's root_bias are inside. Resizing is not: where
-model.json names a short_side, resize photos to it first. --check compares the label maps of real photos with PyTorch's
-and fails where fewer than 99.99 % of pixels agree. Needs: pip install -r requirements-export.txt (torch alone does not)
+<name>.json names a short_side, resize photos to it first. --check compares the label maps of real photos with PyTorch's
+and fails where fewer than 99.99 % of pixels agree. Needs: pip install -r requirements-export.txt (torch and checkpoint
+do not).
 """
 
 import argparse
@@ -38,19 +43,21 @@ import torch.fx.experimental._config as fx_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.config import DECODE_RULES, REPOSITORY, TTA, Config, differences, save_config
+from configs.config import DECODE_RULES, TTA, Config, differences
 from manage import inference
-from manage.checkpoint import checkpoint_digest, find_model
-from manage.predictor import Predictor
-from manage.tables import shown
+from manage.checkpoint import checkpoint_digest, pack
+from manage.predictor import Predictor, load_state
+from manage.tables import percent, shown
 from utils.cli import progress, run_main
 from utils.decode import leaf_bias, leaf_scores
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_whole
+from utils.hierarchy import Hierarchy
 from utils.images import PHOTO_SUFFIXES, read_photo
 
-FORMATS = {"torch": "model.pt2", "onnx": "model.onnx", "folder": "model"}
-PACKAGES = {"torch": (), "onnx": ("onnx", "onnxruntime", "onnxscript"), "folder": ("safetensors",)}
+FORMATS = {"torch": ".pt2", "onnx": ".onnx", "checkpoint": ".pt", "folder": ""}  # and the ending of what is written
+PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "folder": ("safetensors",)}
+OF_A_MACHINE = ("device", "num_workers", "cache", "n_val_photos")  # keys that a model does not take along
 LEAST_AGREEMENT = 0.9999
 
 Program = Callable[[Tensor], Tensor]  # photos -> leaves
@@ -160,52 +167,103 @@ def agreement(program: Program, predictor: Predictor, photos: Sequence[Path], dt
     return same / total
 
 
-# --- a folder to hand on ---
-def export_folder(predictor: Predictor, checkpoint: Path, folder: Path, licence: str) -> None:
-    """What Predictor.load takes as well as a checkpoint."""
+# --- files to hand on ---
+def handed_on(predictor: Predictor) -> dict:
+    """What a checkpoint needs for prediction, evaluation and `init_from`, and where it came from."""
+    state, source = load_state(predictor.source), predictor.source
+    own = {"decode": predictor.decoding.rule, "root_bias": predictor.decoding.root_bias, "tta": predictor.how["tta"]}
+    origin = {
+        "experiment": predictor.config.exp_name,
+        "checkpoint": source.name,
+        "sha256": checkpoint_digest(source),
+        "commit": _commit_of(source.parents[1]),
+    }
+    return {
+        "model": predictor.network.state_dict(),
+        "ema": None,
+        "config": replace(without_places(predictor.config), **own).to_dict(),
+        "tree": predictor.hierarchy.to_dict(),
+        "epoch": state.get("epoch", 0),
+        "origin": state.get("origin", origin),
+    }
+
+
+def without_places(config: Config) -> Config:
+    """The config without what is true of one machine alone: places outside the repository, and its device."""
+    outside = {
+        key: getattr(Config, key) or Path(value).name
+        for key, value in config.to_dict().items()
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("..", "~")))
+    }
+    return replace(config, **outside, **{key: getattr(Config, key) for key in OF_A_MACHINE})
+
+
+def _commit_of(experiment: Path) -> str:
+    """The code that an experiment was started with."""
+    path = experiment / "environment.json"
+    return read_json(path)[0].get("commit", "unknown") if path.is_file() else "unknown"
+
+
+def halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Kernels in half precision; what is small stays as it is, and running variances could overflow."""
+    return {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
+
+
+def write_folder(state: dict, folder: Path) -> None:
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    own = {"decode": predictor.decoding.rule, "root_bias": predictor.decoding.root_bias, "tta": predictor.how["tta"]}
-    config = replace(predictor.config, **own)
-    weights = {key: value.contiguous() for key, value in predictor.network.state_dict().items()}
+    weights = {key: value.contiguous() for key, value in state["model"].items()}
     write_whole(save(weights), folder / "model.safetensors")
-    save_config(config, folder / "config.json")
-    write_json(predictor.hierarchy.to_dict(), folder / "tree.json")
-    write_whole(card(predictor, config, scores_of(checkpoint, config), licence), folder / "README.md")
+    write_json(state["config"], folder / "config.json")
+    write_json(state["tree"], folder / "tree.json")
 
 
-def scores_of(checkpoint: Path, config: Config) -> dict | None:
-    """The scores.json of an evaluation of this checkpoint with these options, where there is one."""
-    digest = checkpoint_digest(checkpoint)
-    for folder in (config.experiment_dir, *checkpoint.resolve().parents[1:3]):
-        for path in sorted(folder.glob("evaluation/*/scores.json")):
-            record = read_json(path)
-            options = [record.get(key) for key in ("checkpoint_sha256", "decode", "root_bias", "tta")]
-            if options == [digest, config.decode, config.root_bias, config.tta]:
-                return record
-    return None
+def evaluations_of(checkpoint: Path, config: Config) -> list[dict]:
+    """The scores.json of every evaluation of this very file on all val photos, by its own rule first."""
+    patterns = ("evaluation/*/scores.json", "experiments/*/evaluation/*/scores.json")
+    folders = [config.experiment_dir, *checkpoint.resolve().parents[1:3]]  # of models/pretrained/F.pt: the repository
+    paths = {path.resolve() for folder in folders for pattern in patterns for path in folder.glob(pattern)}
+    digest, records = checkpoint_digest(checkpoint), [read_json(path) for path in sorted(paths)]
+    records = [record for record in records if record.get("checkpoint_sha256") == digest]
+    most = max((record["photos"] for record in records), default=0)
+    own = (config.decode, config.tta)
+    return sorted(
+        (record for record in records if record["photos"] == most),
+        key=lambda record: ((record["decode"], record["tta"]) != own, record["tta"]),
+    )
 
 
-def card(predictor: Predictor, config: Config, record: dict | None, licence: str) -> str:
+def score_table(records: Sequence[dict]) -> list[str]:
+    """A column an evaluation; a row a score, and a row a class at each level. In Markdown."""
+    rows = [["", *(f"{record['decode']}, tta {record['tta']}" for record in records)], ["---"] * (1 + len(records))]
+    rows += [[name, *(shown(name, record["scores"][name]) for record in records)] for name in records[0]["scores"]]
+    for number, level in enumerate(records[0]["levels"]):
+        for name in level["IoU"]:
+            ious = [percent(record["levels"][number]["IoU"][name]) for record in records]
+            rows.append([f"IoU of {name}, level {level['level']}", *ious])
+    return [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows]
+
+
+def card(state: dict, records: Sequence[dict], licence: str) -> str:
     """README.md: scores, classes, recipe, licence."""
-    h, lines = predictor.hierarchy, []
-    if record is None:
-        lines.append("Not evaluated: run evaluate.py on this checkpoint, and export it again with --overwrite.")
-    else:
-        lines += [f"On {record['photos']} photos:", "", "| score | |", "|---|---|"]
-        lines += [f"| {name} | {shown(name, value).strip()} |" for name, value in record["scores"].items()]
+    config, h = Config(**state["config"]), Hierarchy.from_dict(state["tree"])
+    scores = ["Not evaluated: run evaluate.py on this file, and export it again with --overwrite."]
+    if records:
+        scores = [f"On {records[0]['photos']} photos, in percent (mistake_severity: a height in the tree):", ""]
+        scores += score_table(records)
     classes = [
-        f"- level {level + 1}, {name}: {', '.join(h.names[node] for node in h.level_classes[level])}"
-        for level, name in enumerate(h.level_names)
+        f"- level {level}, {name}: {', '.join(h.names[node] for node in nodes)}"
+        for level, (name, nodes) in enumerate(zip(h.level_names, h.level_classes, strict=True), start=1)
     ]
     recipe = [f"    {key}: {json.dumps(value)}" for key, (value, _) in differences(config, Config()).items()]
     return CARD.format(
         licence=licence,
         name=config.exp_name,
         tree=h.name,
-        how=str(predictor),
-        scores="\n".join(lines),
+        origin=", ".join(f"{key} {value}" for key, value in state["origin"].items()),
+        epoch=state["epoch"],
+        scores="\n".join(scores),
         classes="\n".join(classes),
         recipe="\n".join(recipe),
     )
@@ -217,11 +275,11 @@ tags: [image-segmentation, hierarchical-segmentation]
 ---
 # {name}
 
-Segments photos by the label tree `{tree}`, at every level at once; {how}.
+Segments photos by the label tree `{tree}`, at every level at once.
 
-    result = Predictor.load("this/folder")(Image.open("photo.jpg"))   # from manage.predictor import Predictor
+    result = Predictor.load("this/file")(Image.open("photo.jpg"))   # from manage.predictor import Predictor
 
-## Scores, in percent (mistake_severity: a height in the tree)
+## Scores
 
 {scores}
 
@@ -231,7 +289,7 @@ Segments photos by the label tree `{tree}`, at every level at once; {how}.
 
 ## Recipe
 
-What differs from the defaults of configs/config.py:
+{epoch} epochs; {origin}. What differs from the defaults of configs/config.py:
 
 {recipe}
 
@@ -244,10 +302,9 @@ What differs from the defaults of configs/config.py:
 # --- the command ---
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="F", help="a .pt file, or an experiment's name or folder"
-    )
+    parser.add_argument("--checkpoint", metavar="F", help="a .pt file, an experiment (default: the shipped model)")
     parser.add_argument("--out", required=True, type=Path, metavar="D", help="folder for the exported files")
+    parser.add_argument("--name", default="model", metavar="N", help="of the exported files (default: %(default)s)")
     parser.add_argument("--format", default=",".join(FORMATS), metavar="A,B", help="some of %(default)s (default: all)")
     parser.add_argument("--dtype", default="uint8", choices=("uint8", "float32"), help="of the input photos")
     parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
@@ -268,14 +325,17 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"--format {arguments.format}: {name!r} is not one of {', '.join(FORMATS)}")
-        missing = [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
+        missing = [package for package in PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
         if missing:
-            others = ",".join(other for other in formats if not PACKAGES[other]) or "torch"
+            others = ",".join(other for other in formats if other not in PACKAGES) or "torch"
             raise UserError(
                 f"--format {name} needs {', '.join(missing)}: pip install -r requirements-export.txt, or give "
                 f"--format {others}"
             )
-    for name in (*(FORMATS[name] for name in formats), "model.json"):
+    files = [f"{arguments.name}{FORMATS[name]}" for name in formats]
+    files += ["README.md"] if "checkpoint" in formats else []
+    files += [f"{arguments.name}.json"] if {"torch", "onnx"} & {*formats} else []
+    for name in files:
         if (arguments.out / name).exists() and not arguments.overwrite:
             raise UserError(f"{arguments.out / name} exists already; choose another --out, or give --overwrite")
     return formats
@@ -307,19 +367,17 @@ def main() -> int:
     arguments = read_arguments()
     formats = check_arguments(arguments)
     photos = photos_in(arguments.check, arguments.check_photos) if arguments.check else []
-    checkpoint = find_model(arguments.checkpoint, REPOSITORY)
-    predictor = Predictor.load(checkpoint, "cpu", decode=arguments.decode, tta=arguments.tta)
+    predictor = Predictor.load(arguments.checkpoint, "cpu", decode=arguments.decode, tta=arguments.tta)
+    print(f"exporting {predictor}")
+    programs = [name for name in formats if name in ("torch", "onnx")]
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        if "folder" in formats:
-            export_folder(predictor, checkpoint, arguments.out / FORMATS["folder"], arguments.licence)
-            print(f"wrote {arguments.out / FORMATS['folder']}: weights, config, tree and card, for Predictor.load")
-        programs = [name for name in formats if name != "folder"]
+        export_files(predictor, [name for name in formats if name not in programs], arguments)
         if programs:
-            write_json(description(predictor, arguments.dtype), arguments.out / "model.json")
+            write_json(description(predictor, arguments.dtype), arguments.out / f"{arguments.name}.json")
     except OSError as error:
         raise UserError(f"{arguments.out}: cannot be written ({error.strerror})") from None
-    worst = min([1.0, *export_programs(predictor, programs, arguments.out, getattr(torch, arguments.dtype), photos)])
+    worst = min([1.0, *export_programs(predictor, programs, arguments, photos)])
     if worst < LEAST_AGREEMENT:
         print(
             f"error: less than {100 * LEAST_AGREEMENT} % of the pixels agree; do not use this export", file=sys.stderr
@@ -327,16 +385,32 @@ def main() -> int:
     return int(worst < LEAST_AGREEMENT)
 
 
+def export_files(predictor: Predictor, formats: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Writes checkpoint and folder, each with its card. Raises: OSError."""
+    for name in formats:
+        path, state = arguments.out / f"{arguments.name}{FORMATS[name]}", handed_on(predictor)
+        if name == "folder":
+            write_folder(state, path)
+            scored, beside = predictor.source, path
+        else:
+            write_whole(pack(state | {"model": halved(state["model"])}), path)
+            scored, beside = path, path.parent
+        records = evaluations_of(scored, Config(**state["config"]))
+        write_whole(card(state, records, arguments.licence), beside / "README.md")
+        print(f"wrote {path}, and its card {beside / 'README.md'} with the scores of {len(records)} evaluations")
+
+
 def export_programs(
-    predictor: Predictor, formats: Sequence[str], out: Path, dtype: torch.dtype, photos: Sequence[Path]
+    predictor: Predictor, formats: Sequence[str], arguments: argparse.Namespace, photos: Sequence[Path]
 ) -> Iterator[float]:
     """Writes each program; its share of pixels that are as PyTorch's, where there are photos to check."""
     warnings.filterwarnings("ignore", category=UserWarning)  # the exporters' own, about their insides
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    dtype = getattr(torch, arguments.dtype)
     program = export_torch(Exportable(predictor), dtype) if formats else None
     for name in formats:
-        path = out / FORMATS[name]
+        path = arguments.out / f"{arguments.name}{FORMATS[name]}"
         if name == "torch":
             torch.export.save(program, path)
         else:

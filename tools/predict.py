@@ -1,5 +1,6 @@
 """Predicts photos with a checkpoint, which is all that it needs.
 
+    python tools/predict.py photo.jpg                             # by the shipped model
     python tools/predict.py photo.jpg --checkpoint quickstart     # an experiment by its name or folder: its best
     python tools/predict.py holidays/ 'more/**/*.png' --checkpoint best.pt --out predicted --scores --tta flip
 
@@ -46,7 +47,9 @@ SUFFIXES = (*PHOTO_SUFFIXES, ".tif", ".tiff", ".jfif", ".gif", ".ppm", ".pgm", "
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="photos, folders, globs")
-    parser.add_argument("--checkpoint", required=True, metavar="F", help="a .pt file, an experiment or an export")
+    parser.add_argument(
+        "--checkpoint", metavar="F", help="a .pt file, experiment or export (default: the shipped model)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="D", help="%(default)s")
     parser.add_argument("--scores", action="store_true", help="save the score map of every node too")
     parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")
@@ -173,7 +176,7 @@ def main() -> int:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             faults += 1
     left_out = f", {faults} left out" if faults else ""
-    print(f"{len(photos) - faults} of {len(photos)} photos, {predictor}{left_out}: {arguments.out}")
+    print(f"{len(photos) - faults} of {len(photos)} photos{left_out}, by {predictor}: {arguments.out}")
     return 1 if faults else 0
 
 
