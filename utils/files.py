@@ -5,8 +5,9 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what killed processes had begun to write; call it while no other process writes there."""
     for path in folder.glob(UNFINISHED):
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` (absent or empty until then) once it is whole. Raises: OSError."""
+    folder = folder.resolve()
+    beside = folder.with_name(f".{folder.name}.part")
+    if folder.exists():
+        folder.rmdir()
+    shutil.rmtree(beside, ignore_errors=True)  # of a killed run
+    beside.mkdir(parents=True)
+    yield beside
+    beside.rename(folder)
 
 
 def names_aside(paths: Sequence[Path]) -> list[Path]:
