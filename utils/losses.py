@@ -13,6 +13,7 @@ Each is a plain function (z, y, h, gamma, weights) -> (B, H, W), a term per pixe
 What lies below an inner label is unknown, and no loss asks anything of it.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -179,14 +180,18 @@ def log_mass(rows: Sequence[Tensor], h: Hierarchy) -> list[Tensor]:
 
 
 def leaf_logits(z: Tensor, h: Hierarchy) -> Tensor:
-    rows = z.unbind(1)  # not index_select, whose backward adds with atomics on a GPU
-    return torch.stack([rows[v] for v in h.leaves], 1)
+    # slices, as far as ids follow each other: index_select's backward adds with atomics on a GPU
+    runs = [i for i, v in enumerate(h.leaves) if i == 0 or v != h.leaves[i - 1] + 1] + [len(h.leaves)]
+    return torch.cat([z[:, h.leaves[i] : h.leaves[j - 1] + 1] for i, j in itertools.pairwise(runs)], 1)
 
 
 def log_sum_below(values: Tensor, y: Tensor, h: Hierarchy) -> Tensor:
     """log of the sum of exp over the leaves at or below the label. Shape: (B, leaves, H, W) -> (B, H, W)."""
     outside = h.cached("outside", values.device, values.dtype, lambda: (h.leaves_below("cpu") - 1) * FAR)
-    return (values + look_up(outside, y)).logsumexp(1)
+    values = values + look_up(outside, y)
+    # what logsumexp does, but a CPU's exp is slow far below 0, and beyond -80 a term is lost in the sum
+    highest = values.detach().amax(1, keepdim=True)
+    return (values - highest).clamp(min=-80).exp().sum(1).log() + highest.squeeze(1)
 
 
 def of_label(term: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
