@@ -66,15 +66,18 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` (absent or empty until then) once it is whole. Raises: OSError."""
+    """A folder to fill, which becomes `folder` (absent or empty until then) if all goes well. Raises: OSError."""
     folder = folder.resolve()
     beside = folder.with_name(f".{folder.name}.part")
     if folder.exists():
         folder.rmdir()
     shutil.rmtree(beside, ignore_errors=True)  # of a killed run
     beside.mkdir(parents=True)
-    yield beside
-    beside.rename(folder)
+    try:
+        yield beside
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def names_aside(paths: Sequence[Path]) -> list[Path]:
