@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from configs.config import FIELDS, REPOSITORY, RESUMABLE_CHANGES
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
-from utils.metrics import scores_from_confusion
+from utils.metrics import scores_from_confusion, severities
 
 RESAMPLES = 10_000  # so that p can be small enough for a hundred comparisons
+SEVERITY = "mistake_severity"  # where less is better
 CONFIDENCE = 0.95
 FEWEST_PHOTOS = 20  # with less, a bootstrap interval is too narrow to be believed
 
@@ -105,18 +105,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """Score of `second` minus score of `first`, at one level, with its interval over photos."""
+    """Score of `second` minus score of `first`: with its interval over photos, which allows for all comparisons."""
 
     first: str
     second: str
     score: str
-    level_name: str
+    title: str  # the score, and the level's name
     value: float
     low: float
     high: float
     by_seed: dict[int, float]  # of the seeds that both have
     photos: int
-    p: float  # two-sided, of the bootstrap; after `allow_for_many` adjusted
+    p: float  # two-sided, of the bootstrap, adjusted for the number of comparisons
 
     @property
     def verdict(self) -> str:
@@ -127,18 +127,23 @@ class Difference:
             return "no evidence of a difference"
         if any(value * self.value <= 0 for value in self.by_seed.values()):
             return "no evidence of a difference"  # more than the photos, less than the seeds
-        return "better" if self.value > 0 else "worse"
+        return "better" if (self.value > 0) != (self.score == SEVERITY) else "worse"
+
+    def shown(self, value: float) -> str:
+        """A difference with its sign: in points, which are hundredths; of the severity as it is."""
+        return f"{unit(self.score) * value:+.2f}"
 
     @property
     def sentence(self) -> str:
-        """The verdict with its numbers, in points (hundredths of the score)."""
-        agreeing = (
-            f"{sum(v * self.value > 0 for v in self.by_seed.values())} of {len(self.by_seed)} seeds agree in sign"
+        """The verdict with its numbers."""
+        agreeing = sum(value * self.value > 0 for value in self.by_seed.values())
+        seeds = f"{agreeing} of {len(self.by_seed)} seeds agree in sign"
+        if len(self.by_seed) < 2:
+            seeds = "not two seeds in common, so the seeds' part in it is not known"
+        return (
+            f"{self.title}, {self.second} against {self.first}: {self.verdict}, {self.shown(self.value)} (interval "
+            f"over photos {self.shown(self.low)} to {self.shown(self.high)}; p {self.p:.2g}; {seeds})."
         )
-        seeds = agreeing if len(self.by_seed) > 1 else "not two seeds in common, so the seeds' part in it is not known"
-        numbers = f"{points(self.value)} points ({CONFIDENCE:.0%} interval over photos {points(self.low)} to "
-        numbers += f"{points(self.high)}; p {self.p:.2g}; {seeds})"
-        return f"{self.score} ({self.level_name}), {self.second} against {self.first}: {self.verdict}, {numbers}."
 
 
 @dataclass(frozen=True)
@@ -147,16 +152,11 @@ class Comparison:
 
     groups: list[Group]
     differing: dict[str, list[Any]]  # config key -> value of each group
-    differences: list[Difference]
+    differences: list[Difference]  # of every group from the first
 
     @property
     def hierarchy(self) -> Hierarchy:
         return self.groups[0].experiments[0].hierarchy
-
-    @property
-    def from_baseline(self) -> list[Difference]:
-        """Every group against the first, at each level."""
-        return [d for d in self.differences if d.first == self.groups[0].label]
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -226,19 +226,19 @@ def _listing(folder: Path) -> str:
 
 
 def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, names: Mapping | None = None) -> Comparison:
-    """Groups experiments by config and compares every two groups at every level.
+    """Groups experiments by config and compares every group with the first, at every level and in severity.
 
     `names` says what a group is called, by an experiment in it; without, it is what tells the groups apart.
     Raises: UserError when they were not scored on the same photos, labels and tree.
     """
     check_comparable(experiments)
-    groups, differing = group_by_config(experiments, names or {})
-    differences: list[Difference] = []
-    if len(groups) > 1:
-        resampled = [(group, bootstrap(group.experiments, resamples)) for group in groups]
-        for first, second in combinations(resampled, 2):
-            differences += _differences(*first, *second)
-    return Comparison(groups, differing, allow_for_many(differences))
+    (first, *others), differing = group_by_config(experiments, names or {})
+    differences: list[tuple[Difference, np.ndarray]] = []
+    if others:
+        baseline = bootstrap(first.experiments, resamples)
+        for group in others:
+            differences += _differences(first, group, bootstrap(group.experiments, resamples) - baseline)
+    return Comparison([first, *others], differing, allow_for_many(differences))
 
 
 def check_comparable(experiments: Sequence[Experiment]) -> None:
@@ -331,16 +331,27 @@ def level_mious(matrices: np.ndarray, h: Hierarchy) -> np.ndarray:
     return np.stack(means, axis=-1)
 
 
+def severity(matrices: np.ndarray, h: Hierarchy) -> np.ndarray:
+    """Mistake severity (utils/metrics.py), NaN where nothing is wrong. Shape: (..., N, N) -> (...)."""
+    heights = severities(h).numpy()
+    wrong = matrices[..., heights > 0].sum(axis=-1)
+    return np.where(wrong > 0, (matrices * heights).sum(axis=(-2, -1)) / np.maximum(wrong, 1), np.nan)
+
+
 def bootstrap(experiments: Sequence[Experiment], resamples: int, seed: int = 0) -> np.ndarray:
-    """Mean over the experiments of each level's mIoU, in each resample of the photos. Shape: -> (R, L).
+    """Mean over the experiments of each level's mIoU, and of the severity, in each resample of the photos.
 
     Exact, since the sums stay below 2^53; the resamples are the same for all experiments with as many photos.
+    Shape: -> (R, L + 1).
     """
     photos, nodes, _ = experiments[0].matrices.shape
+    h, total = experiments[0].hierarchy, 0
     counts = np.random.default_rng(seed).multinomial(photos, np.full(photos, 1 / photos), size=resamples)  # (R, P)
     counts = counts.astype(np.float64)
-    sums = [counts @ e.matrices.reshape(photos, -1).astype(np.float64) for e in experiments]
-    return np.mean([level_mious(s.reshape(-1, nodes, nodes), experiments[0].hierarchy) for s in sums], axis=0)
+    for e in experiments:
+        sums = (counts @ e.matrices.reshape(photos, -1).astype(np.float64)).reshape(-1, nodes, nodes)
+        total = total + np.column_stack([level_mious(sums, h), severity(sums, h)])
+    return total / len(experiments)
 
 
 def p_value(samples: np.ndarray) -> float:
@@ -351,16 +362,21 @@ def p_value(samples: np.ndarray) -> float:
     return min(1.0, 2 * (1 + float(beyond)) / (1 + len(samples)))
 
 
-def allow_for_many(differences: Sequence[Difference]) -> list[Difference]:
-    """The same with p adjusted for their number.
+def allow_for_many(found: Sequence[tuple[Difference, np.ndarray]]) -> list[Difference]:
+    """Intervals and p of all differences, each given with its resamples, adjusted for their number.
 
+    The smallest of m p-values is held against 1/m of the doubt that CONFIDENCE leaves, the next against 1/(m - 1) of
+    it, and so on; each interval leaves out as much, so that it agrees with its p.
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
     """
-    order = sorted(range(len(differences)), key=lambda i: differences[i].p)
-    adjusted, largest = list(differences), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, differences[i].p * (len(order) - rank)))
-        adjusted[i] = dataclasses.replace(differences[i], p=largest)
+    ps = [p_value(samples) for _, samples in found]
+    adjusted, largest = [difference for difference, _ in found], 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        left = len(ps) - rank
+        largest = max(largest, min(1.0, ps[i] * left))
+        doubt = 100 * (1 - CONFIDENCE) / left
+        low, high = np.percentile(found[i][1], [doubt / 2, 100 - doubt / 2])
+        adjusted[i] = dataclasses.replace(adjusted[i], low=float(low), high=float(high), p=largest)
     return adjusted
 
 
@@ -372,25 +388,21 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float
     return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def points(value: float) -> str:
-    """A difference in hundredths, with its sign."""
-    return f"{100 * value:+.2f}"
+def unit(score: str) -> int:
+    """Scores are shares, shown in percent; the mistake severity is a height in the tree."""
+    return 1 if score == SEVERITY else 100
 
 
-def _differences(
-    first: Group, first_samples: np.ndarray, second: Group, second_samples: np.ndarray
-) -> list[Difference]:
-    """One for each level."""
-    h, photos = first.experiments[0].hierarchy, len(first.experiments[0].ids)
-    samples = second_samples - first_samples  # (R, L)
+def _differences(first: Group, second: Group, samples: np.ndarray) -> list[tuple[Difference, np.ndarray]]:
+    """One for each score, with its resamples and without an interval yet. Shape: samples (R, L + 1)."""
+    level_names, photos = first.experiments[0].hierarchy.level_names, len(first.experiments[0].ids)
+    titles = {f"mIoU{n}": f"mIoU{n} ({name})" for n, name in enumerate(level_names, start=1)} | {SEVERITY: "severity"}
     differences = []
-    for level, level_name in enumerate(h.level_names):
-        score = f"mIoU{level + 1}"
+    for (score, title), column in zip(titles.items(), samples.T, strict=True):
         ours, theirs = (dict(zip(g.seeds, g.values(score), strict=True)) for g in (first, second))
         a, b = mean_and_spread(list(ours.values()))[0], mean_and_spread(list(theirs.values()))[0]
         value = math.nan if a is None or b is None else b - a
         paired = {s: theirs[s] - ours[s] for s in ours if None not in (ours[s], theirs.get(s))}
-        low, high = np.percentile(samples[:, level], [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2])
-        numbers = (value, float(low), float(high), paired, photos, p_value(samples[:, level]))
-        differences.append(Difference(first.label, second.label, score, level_name, *numbers))
+        bare = Difference(first.label, second.label, score, title, value, math.nan, math.nan, paired, photos, 1.0)
+        differences.append((bare, column))
     return differences

@@ -15,8 +15,8 @@ from configs.config import DECODE_RULES, load_config
 from tests.factory import REPO, make_data, write_config
 from tests.test_compare import fake_experiment
 from tools import experiment as tool
-from tools.experiment import Job, final_runs
-from tools.experiment_runs import Entry, read_entries
+from tools.experiment import Job, choices, final_runs
+from tools.experiment_runs import Entry, Run, read_entries
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
@@ -44,7 +44,7 @@ def test_shipped_files_are_valid_and_no_configs(path: Path) -> None:
 def test_the_arguments_of_a_run_give_back_its_config(tmp_path: Path) -> None:
     overrides = {"root_dir": str(tmp_path), "criterion": {"tree_min": 1, "bce": 0.5}, "short_side": None}
     (runs,) = [e.finals({}) for e in read_entries(write_runs(tmp_path, entry(tmp_path, overrides=overrides)))]
-    assert [run.name for run in runs] == ["trial_bce_seed0", "trial_bce_seed1"]
+    assert names(runs) == ["trial_bce_seed0", "trial_bce_seed1"]
     for run in runs:
         _, cfg, *given = run.arguments
         assert load_config(REPO / cfg, given) == run.config
@@ -77,7 +77,7 @@ def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, change: dict, m
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "expected a JSON object with the keys runs, search"),
+        ([], "expected a JSON object with the keys cfg, overrides, runs, search, seeds"),
         ({"runs": []}, "at least one run"),
         ({"run": []}, "unknown key 'run'"),
         ({}, "is missing the key 'runs'"),
@@ -90,6 +90,10 @@ def test_mistakes_of_the_whole_file_are_named(tmp_path: Path, content, message: 
         read_entries(tmp_path / "trial.json")
 
 
+def names(runs: list[Run]) -> list[str]:
+    return [run.config.exp_name for run in runs]
+
+
 def searching(tmp_path: Path) -> list[Entry]:
     """One run that tries two rates, and one that takes its choice."""
     runs = [entry(tmp_path), entry(tmp_path, name="ce", search="bce", seeds=[4])]
@@ -98,38 +102,44 @@ def searching(tmp_path: Path) -> list[Entry]:
 
 def test_the_better_rate_and_rule_are_chosen_once_all_tries_are_scored(tmp_path: Path, tree: Hierarchy) -> None:
     bce, ce = searching(tmp_path)
-    assert final_runs([bce, ce]) == []
+    assert final_runs([bce, ce], choices([bce, ce])) == []
     for run, quality in zip(bce.tries(), (0.4, 0.6), strict=True):
         assert bce.choice() is None
         keys = {k: v for k, v in run.config.to_dict().items() if k not in ("exp_name", "seed", "root_dir", "n_epochs")}
-        folder = fake_experiment(tmp_path, tree, run.name, quality, evaluation="last", **keys)
+        folder = fake_experiment(tmp_path, tree, run.config.exp_name, quality, evaluation="last", **keys)
         path = folder / "evaluation" / "last" / "scores.json"
         record = json.loads(path.read_text())
         record["rules"]["leaf"]["mIoU1"] += 0.1 if quality == 0.6 else -0.1
         path.write_text(json.dumps(record))
     assert bce.choice() == {"lr": 0.002, "decode": "leaf", "root_bias": {}}
-    runs = final_runs([bce, ce])
-    assert [run.name for run in runs] == ["trial_bce_seed0", "trial_ce_seed4", "trial_bce_seed1"]
+    runs = final_runs([bce, ce], choices([bce, ce]))
+    assert names(runs) == ["trial_bce_seed0", "trial_ce_seed4", "trial_bce_seed1"]
     assert {(run.config.lr, run.config.decode, run.config.train_sample_ids_file) for run in runs} == {
         (0.002, "leaf", "train_id.txt")
     }
 
 
 def test_tries_train_without_a_sixth_and_are_scored_on_it(tmp_path: Path) -> None:
-    ids = [f"p{i}" for i in range(20)]
+    ids = [f"p{i:02}" for i in range(20)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train_id.txt").write_text("\n".join(ids))
     bce, ce = searching(tmp_path)
-    bce.write_lists(), ce.write_lists(), bce.write_lists()
+    bce.logs.mkdir(parents=True)
+    bce.write_lists(), ce.write_lists()
     assert ce.tries() == []
-    (config, *_) = [run.config for run in bce.tries()]
-    kept, held_out = (config.ids_file(split).read_text().split() for split in ("train", "val"))
+    kept, held_out = (bce.tries()[0].config.ids_file(split).read_text().split() for split in ("train", "val"))
     assert len(held_out) == 3
-    assert [i for i in ids if i in held_out] == held_out
-    assert [i for i in ids if i not in held_out] == kept
-    config.ids_file("val").write_text("p0\n")
-    with pytest.raises(UserError, match=r"train_id_a_sixth.txt: lists other photos"):
-        bce.write_lists()
+    assert sorted(kept + held_out) == ids
+    assert [*(tmp_path / "data").iterdir()] == [tmp_path / "data" / "train_id.txt"]  # it may be read-only
+
+
+def test_what_stands_beside_the_runs_holds_for_all_and_a_run_adds_to_it(tmp_path: Path) -> None:
+    shared = entry(tmp_path, search={"lr": [0.1]}, overrides={"n_epochs": 3, "lr": 0.2})
+    del shared["name"]
+    runs = [{"name": "a"}, {"name": "b", "overrides": {"lr": 0.3}, "seeds": [7], "search": None}]
+    a, b = read_entries(write_runs(tmp_path, *runs, **shared))
+    assert (a.seeds, a.search, a.overrides) == ([0, 1], {"lr": [0.1]}, {"n_epochs": 3, "lr": 0.2})
+    assert (b.seeds, b.search, b.overrides) == ([7], None, {"n_epochs": 3, "lr": 0.3})
 
 
 def finished(tmp_path: Path, tree: Hierarchy, **changes) -> Entry:
@@ -152,9 +162,14 @@ def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(t
         own.finals({"lr": 0.5})[0].scored()
     assert finished(tmp_path / "b", tree, epoch=2).finals({})[0].scored() is None
     assert finished(tmp_path / "c", tree, root_bias={"body": 0.5}).finals({})[0].scored() is None
-    train, evaluate = Job(own.finals({})[0], 1, tmp_path).commands  # goes on from its checkpoint if there is one
+    few = own.run("few", {"n_val_photos": 7})
+    train, evaluate = Job(few, 1, tmp_path).commands  # goes on from its checkpoint if there is one
     assert (train[0], *train[-2:]) == ("train.py", "--resume", "auto")
     assert (evaluate[0], evaluate[-1]) == ("evaluate.py", "--no-pictures")
+    assert [[text for text in command if "n_val" in text] for command in (train, evaluate)] == [
+        ["n_val_photos=7"],
+        ["n_val_photos=null"],  # which are all
+    ]
 
 
 def test_a_report_holds_what_is_finished_and_counts_the_rest(tmp_path: Path, tree: Hierarchy, monkeypatch) -> None:
@@ -199,6 +214,8 @@ def test_a_runner_that_is_stopped_and_killed_goes_on(tmp_path: Path) -> None:
     output, _ = runner.communicate(timeout=240)
     assert runner.returncode == 0, output
     assert epochs(tmp_path) == 12  # of the try and of the run itself; none was counted twice
+    kept = [path.relative_to(tmp_path / "experiments") for path in tmp_path.glob("experiments/*/*/*.pt")]
+    assert kept == [Path("trial_tm_seed0/models_checkpoints/last.pt")]
     scores = json.loads((tmp_path / "experiments/trial_tm_seed0/evaluation/last/scores.json").read_text())
     assert (scores["epoch"], set(scores["rules"])) == (6, set(DECODE_RULES))
     assert "Chosen for tm on the held-out photos: lr 0.001" in (tmp_path / "out" / "experiments.md").read_text()

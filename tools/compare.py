@@ -28,7 +28,16 @@ from PIL import Image
 
 from configs.config import DECODE_RULES
 from manage.charts import MISSING, Interval, can_draw, interval_chart, line_chart
-from manage.comparison import CONFIDENCE, Comparison, Experiment, compare, load_experiment, mean_and_spread, points
+from manage.comparison import (
+    CONFIDENCE,
+    SEVERITY,
+    Comparison,
+    Experiment,
+    compare,
+    load_experiment,
+    mean_and_spread,
+    unit,
+)
 from manage.predictor import Predictor
 from utils import visualize
 from utils.cli import progress, run_main
@@ -57,7 +66,7 @@ def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes
 
     Raises: UserError when `out` cannot be written.
     """
-    for line in [*in_columns(score_table(comparison)), *(d.sentence for d in comparison.from_baseline)]:
+    for line in [*in_columns(score_table(comparison)), *(d.sentence for d in comparison.differences)]:
         print(line)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -90,13 +99,13 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
     blocks: list[Block] = [Heading(title), Items(notes), score_table(comparison)]
     if comparison.differences:
         method = (
-            f"Differences in points; {CONFIDENCE:.0%} interval from a paired bootstrap over the val photos. Better or "
-            "worse is said where the interval leaves out 0, all seeds agree in sign, and p is below "
-            f"{1 - CONFIDENCE:.2f} after it was adjusted for the {len(comparison.differences)} comparisons that were "
-            "made (Holm)."
+            "Differences in points; those of the severity in heights, where less is better. Intervals are from a "
+            f"paired bootstrap over the val photos, wide enough to hold for all {len(comparison.differences)} "
+            f"comparisons together with {CONFIDENCE:.0%} (Holm). Better or worse is said where the interval leaves out "
+            f"0, p, adjusted in the same way, is below {1 - CONFIDENCE:.2f}, and all seeds agree in sign."
         )
         blocks += [Heading("Differences"), *draw_differences(comparison, path), difference_table(comparison)]
-        blocks += [Items([method]), *all_pairs(comparison)]
+        blocks += [Items([method])]
     if len(comparison.groups) > 1:
         blocks += side_by_side(comparison, path)
     for level, name in enumerate(comparison.hierarchy.level_names):
@@ -111,38 +120,28 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
 
 def score_table(comparison: Comparison) -> Table:
     """All scores; in percent, but that mistakes are as severe as they are high up the tree."""
-    factors = {name: 1 if "severity" in name else 100 for name in comparison.experiments[0].scores}
-    titles = [name.replace("_with_background", " with bg").replace("_", " ") for name in factors]
-    rows = []
-    for group in comparison.groups:
-        rows.append([group.label, str(len(group.seeds)), *(_mean(group.values(n), factors[n]) for n in factors)])
-    return Table(["", "seeds", *titles], rows)
+    names = list(comparison.experiments[0].scores)
+    titles = [name.replace("_with_background", " with bg").replace("_", " ") for name in names]
+    rows = [
+        [
+            group.label,
+            str(len(group.seeds)),
+            group.experiments[0].rule,
+            *(_mean(group.values(n), unit(n)) for n in names),
+        ]
+        for group in comparison.groups
+    ]
+    return Table(["", "seeds", "decoded by", *titles], rows)
 
 
 def difference_table(comparison: Comparison) -> Table:
     rows = []
-    for d in comparison.from_baseline:
-        between = f"{points(d.low)} to {points(d.high)}"
-        per_seed = ", ".join(points(value) for value in d.by_seed.values()) or "-"
-        rows.append([d.second, d.first, d.score, points(d.value), between, per_seed, f"{d.p:.2g}", d.verdict])
-    header = ["", "against", "score", "difference", f"{CONFIDENCE:.0%} over photos", "each seed", "p (Holm)"]
-    return Table([*header, "verdict"], rows)
-
-
-def all_pairs(comparison: Comparison) -> list[Block]:
-    """Where there are more than two groups, the differences of all of them."""
-    labels = [group.label for group in comparison.groups]
-    blocks: list[Block] = []
-    for level, name in enumerate(comparison.hierarchy.level_names if len(labels) > 2 else [], start=1):
-        cells = {}
-        for d in comparison.differences:
-            if d.score == f"mIoU{level}":
-                star = " *" if d.verdict in ("better", "worse") else ""
-                cells[d.second, d.first], cells[d.first, d.second] = points(d.value) + star, points(-d.value) + star
-        rows = [[row, *(cells.get((row, column), "") for column in labels)] for row in labels]
-        title = f"All pairs, mIoU{level} ({name}): row minus column; *: better or worse"
-        blocks += [Heading(title), Table(["", *labels], rows)]
-    return blocks
+    for d in comparison.differences:
+        between = f"{d.shown(d.low)} to {d.shown(d.high)}"
+        per_seed = ", ".join(map(d.shown, d.by_seed.values())) or "-"
+        rows.append([d.second, d.first, d.title, d.shown(d.value), between, per_seed, f"{d.p:.2g}", d.verdict])
+    header = ["", "against", "score", "difference", "interval over photos", "each seed", "p (Holm)", "verdict"]
+    return Table(header, rows)
 
 
 def class_table(comparison: Comparison, level: int) -> Table:
@@ -159,9 +158,8 @@ def rule_table(comparison: Comparison) -> list[Block]:
     rows = []
     for group in comparison.groups:
         values = [[e.record["rules"][rule]["mIoU1"] for e in group.experiments] for rule in shared]
-        rows.append([group.label, *map(_mean, values), group.experiments[0].rule])
-    table = Table(["", *shared, "decoded by"], rows)
-    return [Heading("Decoding rules (mIoU1)"), table] if len(shared) > 1 else []
+        rows.append([group.label, *map(_mean, values)])
+    return [Heading("Decoding rules (mIoU1)"), Table(["", *shared], rows)] if len(shared) > 1 else []
 
 
 def run_table(comparison: Comparison) -> Table:
@@ -206,18 +204,17 @@ def _mean(values: Sequence[float | None], factor: float = 100) -> str:
 
 def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
     """Each group against the first at each level: difference, interval over photos, a ring for each seed."""
-    baseline, rows = comparison.groups[0].label, {}
-    for d in comparison.from_baseline:
-        if all(map(math.isfinite, (d.value, d.low, d.high))):
-            numbers = [100 * value for value in (d.value, d.low, d.high)]
+    rows: dict[str, list[Interval]] = {}
+    for d in comparison.differences:
+        if d.score != SEVERITY and all(map(math.isfinite, (d.value, d.low, d.high))):
+            value, low, high, *seeds = (100 * v for v in (d.value, d.low, d.high, *d.by_seed.values()))
             is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1  # one seed may be any seed
-            row = Interval(d.second, *numbers, [100 * value for value in d.by_seed.values()], is_clear)
-            rows.setdefault(f"{d.score} ({d.level_name})", []).append(row)
+            rows.setdefault(d.title, []).append(Interval(d.second, value, low, high, seeds, is_clear))
     if not rows or not can_draw():
         return []
     picture = Picture("differences", path.with_name(f"{path.name}_differences.png"))
-    unit = f"points; bar: {CONFIDENCE:.0%} over photos; ring: one seed; coloured: better or worse, with several seeds"
-    interval_chart(rows, picture.path, f"difference from {baseline}", unit)
+    about = "bar: interval over photos, for all together; ring: one seed; coloured: better or worse, with several seeds"
+    interval_chart(rows, picture.path, f"difference from {comparison.groups[0].label}", about)
     return [picture]
 
 

@@ -1,19 +1,22 @@
 """Trains and scores a list of configs with several seeds each, and compares them.
 
-    python tools/experiment.py configs/experiments/losses_cpu.json --jobs 2 --out docs
-    python tools/experiment.py configs/experiments/losses_cpu.json --only-report    # of what is finished so far
+    python tools/experiment.py configs/experiments/quick.json --jobs 2
+    python tools/experiment.py configs/experiments/quick.json --only-report    # of what is finished so far, at any time
 
 It can be stopped at any point, by Ctrl-C or worse, and started again with the same command: finished runs are
-skipped, a run that was cut off goes on from its last checkpoint. Run bce of seed 0 in losses_cpu.json is the
-experiment losses_cpu_bce_seed0. Its last weights are scored, by every decoding rule. The first run is the baseline.
+skipped, a run that was cut off goes on from its last checkpoint. Run bce of seed 0 in quick.json is the experiment
+quick_bce_seed0. Its last weights are scored, by every decoding rule, on all val photos (n_val_photos is for the
+validations while it trains), and are the only ones that are kept. The first run is the baseline.
 
-FILE:  {"search": {"lr": [0.0004, 0.0008, 0.0016]},
-        "runs": [{"name": "bce", "cfg": "configs/pascal_part_cpu.json", "overrides": {"criterion": "bce"},
-                  "seeds": [0, 1, 2]}]}
+FILE:  {"cfg": "configs/quickstart.json", "overrides": {"n_epochs": 8}, "seeds": [0, 1, 2],
+        "search": {"lr": [0.0015, 0.003]},
+        "runs": [{"name": "bce", "overrides": {"criterion": "bce"}},
+                 {"name": "ce", "overrides": {"criterion": "ce"}, "seeds": [0, 1, 2, 3, 4]}]}
 
-With "search" (of the file, or of a run) each combination of its values is first trained without a sixth of the train
-photos, and scored on these. The best one, with its best decoding rule, by the score that the config monitors, is what
-all seeds get. A run whose "search" is another run's name takes that one's choice; with null it has none.
+What stands beside "runs" holds for all of them; a run's own overrides are added to these, its other keys win.
+With "search" each combination of its values is first trained without a sixth of the train photos, and scored on
+these. The best one, with its best decoding rule, by the score that the config monitors, is what all seeds get. A run
+whose "search" is another run's name takes that one's choice; with null it has none.
 """
 
 import argparse
@@ -62,27 +65,27 @@ def choices(entries: Sequence[Entry]) -> dict[str, dict]:
     return {name: keys for name, keys in chosen.items() if keys is not None}
 
 
-def final_runs(entries: Sequence[Entry]) -> list[Run]:
+def final_runs(entries: Sequence[Entry], chosen: dict[str, dict]) -> list[Run]:
     """Those that wait for no search; the first seed of each entry before the second of any."""
-    chosen = choices(entries)
     runs = [entry.finals(chosen[entry.name]) for entry in entries if entry.name in chosen]
     return [run for same_seed in itertools.zip_longest(*runs) for run in same_seed if run is not None]
 
 
 def run_all(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[str]:
     """First what the choices need, then the final runs. Returns what went wrong."""
-    logs = entries[0].run("logs", {}).config.root / "experiments" / "logs" / arguments.file.stem
+    logs = entries[0].logs
+    lock = Lock(logs)
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        lock = Lock(logs)
         lock.take(arguments.take_over)  # one runner at a time for a file of runs
         for entry in entries:
+            entry.logs.mkdir(parents=True, exist_ok=True)
             entry.write_lists()
     except OSError as error:
         raise UserError(f"{error.filename or logs}: cannot be written ({error.strerror})") from None
     try:
         faults = run_open([run for entry in entries for run in entry.tries()], arguments, logs)
-        return faults + run_open(final_runs(entries), arguments, logs)
+        return faults + run_open(final_runs(entries, choices(entries)), arguments, logs)
     finally:
         lock.release()
 
@@ -107,10 +110,9 @@ def run_open(runs: Sequence[Run], arguments: argparse.Namespace, logs: Path) -> 
             for job, status in [(job, job.advance()) for job in active]:
                 if status is not None:
                     active.remove(job)
-                    if status or job.run.scored() is None:
-                        faults.append(f"{job.run.name}: ended with status {status}, see {job.log}")
-                    end = f"finished {job.run.name}" if status == 0 else faults[-1]
-                    print(f"{end}; {len(waiting) + len(active)} to go", flush=True)
+                    if end := job.fault(status):
+                        faults.append(end)
+                    print(f"{end or f'finished {job.name}'}; {len(waiting) + len(active)} to go", flush=True)
             time.sleep(0.2)
     finally:
         for job in active:
@@ -127,11 +129,13 @@ class Job:
     """One run: its training, then its evaluation, each in a process that writes into a log."""
 
     def __init__(self, run: Run, threads: int, logs: Path, take_over: bool = False) -> None:
-        self.run, self.log, self.process = run, logs / f"{run.name}.log", None
+        self.run, self.name, self.process = run, run.config.exp_name, None
+        self.log = logs / f"{self.name}.log"
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # waiting threads sleep: utils/__init__.py
-        scoring = ("--checkpoint", "last", "--decode", "all", "--no-pictures")
         resuming = ("--resume", "auto", *(["--take-over"] if take_over else []))
-        self.commands = [["train.py", *run.arguments, *resuming], ["evaluate.py", *run.arguments, *scoring]]
+        whole = [text for text in run.arguments if not text.startswith("n_val_photos=")]
+        scoring = ("n_val_photos=null", "--checkpoint", "last", "--decode", "all", "--no-pictures")
+        self.commands = [["train.py", *run.arguments, *resuming], ["evaluate.py", *whole, *scoring]]
 
     def advance(self) -> int | None:
         """Starts what comes next; returns the exit status once there is nothing more, or something failed."""
@@ -141,6 +145,13 @@ class Job:
         if status == 0 and not Lock(self.run.config.experiment_dir).is_held():  # by a training that outlived its runner
             self._start(self.commands.pop(0))
         return None
+
+    def fault(self, status: int) -> str:
+        """What went wrong, once it has ended; nothing where it is scored."""
+        if status or self.run.scored() is None:
+            return f"{self.name}: ended with status {status}, see {self.log}"
+        self.run.tidy()
+        return ""
 
     def stop(self) -> None:
         """A training saves and ends; told twice, it ends at once."""
@@ -160,16 +171,18 @@ class Job:
 
 def write_results(file: Path, entries: Sequence[Entry], out: Path) -> None:
     """The comparison of all finished runs. Raises: UserError when none is finished, or `out` cannot be written."""
-    finished = [experiment for run in final_runs(entries) if (experiment := run.scored()) is not None]
+    chosen = choices(entries)
+    runs = {run.config.exp_name: run for run in final_runs(entries, chosen)}
+    finished = [experiment for run in runs.values() if (experiment := run.scored()) is not None]
     if not finished:
         raise UserError(f"{file}: no run is finished; the logs say why, or start it: python tools/experiment.py {file}")
     notes = [f"Made by `python tools/experiment.py {file}`; the last weights of each run are scored."]
-    for name, keys in choices(entries).items():
-        chosen = ", ".join(f"{key} {value}" for key, value in keys.items() if value != {})
-        notes += [f"Chosen for {name} on the held-out photos: {chosen}."] if chosen else []
+    for name, keys in chosen.items():
+        values = ", ".join(f"{key} {value}" for key, value in keys.items() if value != {})
+        notes += [f"Chosen for {name} on the held-out photos: {values}."] if values else []
     if missing := sum(len(entry.seeds) for entry in entries) - len(finished):
         notes.append(f"{missing} runs are not finished.")
-    comparison = compare(finished, names={run.name: run.entry for run in final_runs(entries)})
+    comparison = compare(finished, names={name: run.entry for name, run in runs.items()})
     write_report(comparison, out, "experiments", f"Experiments: {file.stem}", notes)
 
 

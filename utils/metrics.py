@@ -67,11 +67,11 @@ def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
 
 
 def _mistake_severity(matrix: Tensor, h: Hierarchy) -> float | None:
-    heights = h.cached("severity", "cpu", torch.int64, lambda: _severities(h))
+    heights = h.cached("severity", "cpu", torch.int64, lambda: severities(h))
     return int((matrix * heights).sum()) / wrong if (wrong := int(matrix[heights > 0].sum())) else None
 
 
-def _severities(h: Hierarchy) -> Tensor:
+def severities(h: Hierarchy) -> Tensor:
     """The height at which label and answer meet, 0 where the answer is right. Shape: (N, N)."""
     heights = torch.zeros(h.num_nodes, h.num_nodes)
     for label, path in enumerate(h.paths):
