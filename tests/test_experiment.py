@@ -65,7 +65,7 @@ def test_the_arguments_of_a_run_give_back_its_config(tmp_path: Path) -> None:
         ({"search": {"lr": 0.1}}, "'search' is .*; expected values to try"),
         ({"search": "ce"}, "'search' is 'ce', no run that searches"),
         ({"cfg": "configs/nothing.json"}, "no such file"),
-        ({"cfg": "configs/experiments/losses_cpu.json"}, "unknown key 'runs'"),
+        ({"cfg": "configs/experiments/losses_cpu.json"}, "unknown key 'cfg'"),
         ({"cfg": 3}, "expected the path of a config"),
     ],
 )
