@@ -6,6 +6,7 @@ reference gradients.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ from torch.nn.functional import softplus
 
 from utils.hierarchy import Hierarchy
 from utils.losses import HXE_ALPHA, SOFT_MARGIN_TAU
+
+
+def tree_of(parents: list[int | None], names: list[str] | None = None, background: Sequence[int] = (), **keys):
+    """A tree by the parent of each node; `keys` are others of a tree file."""
+    nodes = []
+    for v, parent in enumerate(parents):
+        node = {"id": v, "name": names[v] if names else f"node{v}", "parent": parent}
+        nodes.append(node | {"colour": [v % 256, v // 256, 0], "background": v in background})
+    depths = []
+    for v in range(len(parents)):
+        chain = [v]
+        while parents[chain[-1]] is not None:
+            chain.append(parents[chain[-1]])
+        depths.append(len(chain))
+    levels = [f"level{level}" for level in range(1, max(depths) + 1)]
+    return Hierarchy.from_dict({"name": "small", "ignore_index": 65535, "levels": levels, "nodes": nodes} | keys)
 
 
 def ancestors(v: int, h: Hierarchy) -> list[int]:

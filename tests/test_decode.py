@@ -128,8 +128,7 @@ def test_extreme_logits_have_an_answer(h: Hierarchy) -> None:
 
 def test_more_than_256_nodes_answer_in_int64() -> None:
     count = 300
-    colours = [(v % 256, v // 256, 0) for v in range(count)]
-    wide = Hierarchy("wide", [f"n{v}" for v in range(count)], [None] * count, colours, ["all"], 65535)
+    wide = reference.tree_of([None] * count)
     logits = torch.zeros(1, count, 1, 1)
     logits[0, 299] = 1
     answer = DECODERS["logit_sum"](logits, wide)

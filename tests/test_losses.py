@@ -69,7 +69,7 @@ def test_tree_min_of_the_worked_pixel_sends_all_positive_gradient_to_body(h: Hie
 
 
 def test_focal_of_one_node_by_hand() -> None:
-    h = Hierarchy("t", ["a"], [None], [(0, 0, 0)], ["only"])
+    h = reference.tree_of([None])
     p = 1 / (1 + math.exp(-0.5))
     value, _ = value_and_grad("focal", torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1).int(), h, gamma=2.0)
     assert value.item() == pytest.approx(-((1 - p) ** 2) * math.log(p))
@@ -190,8 +190,7 @@ def test_the_scale_of_half_gradients_is_not_rounded(h: Hierarchy) -> None:
 def test_hundreds_of_nodes_do_not_overflow() -> None:
     """The product of 300 factors of 2 is beyond float32; the sum of 300 logarithms is not."""
     count = 300
-    colours = [(v % 256, v // 256, 0) for v in range(count)]
-    wide = Hierarchy("wide", [f"n{v}" for v in range(count)], [None] * count, colours, ["all"], 65535)
+    wide = reference.tree_of([None] * count)
     value, _ = value_and_grad("bce", torch.zeros(1, count, 1, 1), torch.zeros(1, 1, 1).int(), wide)
     assert value.item() == pytest.approx(count * math.log(2))
 
@@ -299,7 +298,7 @@ def test_shapes_that_do_not_fit_are_refused(h: Hierarchy) -> None:
 
 
 def test_node_weights_by_hand() -> None:
-    h = Hierarchy("t", ["a", "b", "c"], [None, 2, None], [(0, 0, 0), (1, 0, 0), (2, 0, 0)], ["l", "r"])
+    h = reference.tree_of([None, 2, None])
     assert node_weights("none", [1, 1, 1], h) is None
     weights = node_weights("inverse_sqrt", [12, 3, 1], h)  # shares 12/16, 3/16, and (1 + 3)/16 for the parent
     expected = torch.tensor([12.0, 3.0, 4.0]).rsqrt()

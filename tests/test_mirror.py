@@ -13,6 +13,7 @@ from manage.data import train_loader
 from manage.network import tree_changes
 from manage.predictor import Predictor
 from tests.factory import write_config
+from tests.reference import tree_of
 from tests.test_predict import noise, write_checkpoint
 from utils.encoder import encode_folder
 from utils.errors import UserError
@@ -128,5 +129,5 @@ def test_a_mirror_that_gives_no_tree_is_refused(change, message):
     ],
 )
 def test_names_that_look_like_sides(names, pairs):
-    h = Hierarchy("t", names, [None] * len(names), [(v, 0, 0) for v in range(len(names))], ["all"])
+    h = tree_of([None] * len(names), names)
     assert len(h.unpaired_sides()) == pairs

@@ -35,15 +35,8 @@ def random_tree(random: Random) -> Hierarchy:
             parents[v] = random.choice(inner)
             depths[v] = depths[parents[v]] + 1
     lonely = [v for v in range(count) if parents[v] is None and v not in parents]
-    return Hierarchy(
-        name="random",
-        names=[f"node{v}" for v in range(count)],
-        parents=parents,
-        colours=[(v, 0, 0) for v in range(count)],
-        level_names=[f"level{level}" for level in range(max(depths))],
-        ignore_index=random.choice([count, 255]),
-        background=lonely[: random.randint(0, 1)],
-    )
+    background = lonely[: random.randint(0, 1)]
+    return reference.tree_of(parents, background=background, ignore_index=random.choice([count, 255]))
 
 
 def random_case(seed: int) -> tuple[Hierarchy, torch.Tensor, torch.Tensor]:

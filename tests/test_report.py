@@ -9,6 +9,7 @@ import torch
 
 from manage import report
 from manage.tables import summary
+from tests.reference import tree_of
 from utils.decode import DECODERS
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -21,14 +22,9 @@ VOID = 255
 
 def hostile_tree(background: tuple[int, ...] = (0,)) -> Hierarchy:
     """Three levels, and names that break a page which takes them for HTML or for a template."""
-    return Hierarchy(
-        name=EVIL,
-        names=["background", EVIL, IMAGE, "{{js}}", "arm & 'leg\"", "body"],
-        parents=[None, 3, 3, 5, 5, None],
-        colours=[(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (221, 221, 221)],
-        level_names=["parts", "halves", IMAGE],
-        background=background,
-    )
+    names = ["background", EVIL, IMAGE, "{{js}}", "arm & 'leg\"", "body"]
+    parents = [None, 3, 3, 5, 5, None]
+    return tree_of(parents, names, background, name=EVIL, levels=["parts", "halves", IMAGE], ignore_index=VOID)
 
 
 def sample_id(i: int) -> str:

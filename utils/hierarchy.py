@@ -8,10 +8,11 @@ Levels are counted from the leaves: level 1 is the leaves, the last level the ro
 from 0 (`level_classes[0]` is level 1); only names shown to people (`mIoU1`) count from 1.
 """
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,102 +34,49 @@ _SIDES = re.compile(r"left|Left|LEFT|(?<![A-Za-z])[lL](?![A-Za-z])")
 class Hierarchy:
     """A forest of classes. Node ids are 0..N-1 and index every table and every channel of the logits.
 
-    Raises: UserError, naming the file and the node, for anything that is not a forest with unique names.
+    Raises: UserError, naming the source and the node, for anything that is not a forest with unique names.
     """
 
-    def __init__(
-        self,
-        name: str,
-        names: Sequence[str],
-        parents: Sequence[int | None],
-        colours: Sequence[tuple[int, int, int]],
-        level_names: Sequence[str],
-        ignore_index: int = 255,
-        background: Sequence[int] = (),
-        mirrors: Mapping[int, str] | None = None,
-        source: str = "tree",
-    ) -> None:
-        self.name = name
-        self.names = tuple(names)
-        self.parents = tuple(parents)
-        self.colours = tuple(tuple(colour) for colour in colours)
-        self.level_names = tuple(level_names)
-        self.ignore_index = ignore_index
-        self.background = frozenset(background)
-        self.mirrors = dict(mirrors or {})  # node -> the name of the node that it is in a mirror
+    def __init__(self, tree: dict[str, Any], source: str = "tree") -> None:
+        self._tree = copy.deepcopy(tree)
+        nodes = checked_nodes(tree, source)
+        self.name: str = tree["name"]
+        self.ignore_index: int = tree["ignore_index"]
+        self.level_names = tuple(tree["levels"]) if isinstance(tree["levels"], list) else (tree["levels"],)
+        self.names: tuple[str, ...] = tuple(node["name"] for node in nodes)
+        self.parents: tuple[int | None, ...] = tuple(node["parent"] for node in nodes)
+        self.colours: tuple[tuple[int, ...], ...] = tuple(tuple(node["colour"]) for node in nodes)
+        self.background = frozenset(v for v, node in enumerate(nodes) if node.get("background"))
+        self.mirrors = {v: node["mirror"] for v, node in enumerate(nodes) if node.get("mirror") is not None}
 
-        self.num_nodes = len(self.names)
-        self.children = _children(self.parents)
+        self.num_nodes = len(nodes)
+        self.paths = tuple(self._path(v, source) for v in range(self.num_nodes))  # root first, the node itself last
+        self.preorder = tuple(sorted(range(self.num_nodes), key=self.paths.__getitem__))  # parents before children
+        self.edges = tuple((self.parents[v], v) for v in self.preorder if self.parents[v] is not None)
+        self.children = tuple(tuple(v for v, p in enumerate(self.parents) if p == u) for u in range(self.num_nodes))
         self.roots = tuple(v for v, parent in enumerate(self.parents) if parent is None)
-        self.paths = _paths(self.parents, self.names, source)  # root first, the node itself last
         self.leaves = tuple(v for v in range(self.num_nodes) if not self.children[v])
         self.num_leaves = len(self.leaves)
-        self.num_levels = max(len(path) for path in self.paths)
+        self.num_levels = max(map(len, self.paths))
         self.level_tables = tuple(self._level_table(level) for level in range(self.num_levels))
         self.level_classes = tuple(sorted({table[leaf] for leaf in self.leaves}) for table in self.level_tables)
         self._check(source)
-        self.mirror = _mirror_table(self.names, self.parents, self.mirrors, source)
+        self.mirror = self._mirror_table(source)
         self._cache: dict[Hashable, Tensor] = {}
-
-    # ---- reading and writing -------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | Path) -> "Hierarchy":
         """Reads a tree file. Raises: UserError for a file that is missing, not strict JSON, or not a tree."""
-        return cls.from_dict(read_json(path), source=str(path))
+        return cls(read_json(path), str(path))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], source: str = "tree") -> "Hierarchy":
-        """The inverse of `to_dict`. Raises: UserError, as `load`."""
-        nodes = checked_nodes(tree, source)
-        return cls(
-            name=tree["name"],
-            names=[node["name"] for node in nodes],
-            parents=[node["parent"] for node in nodes],
-            colours=[node["colour"] for node in nodes],
-            level_names=tree["levels"] if isinstance(tree["levels"], list) else [tree["levels"]],
-            ignore_index=tree["ignore_index"],
-            background=[node["id"] for node in nodes if node.get("background", False)],
-            mirrors={node["id"]: node["mirror"] for node in nodes if node.get("mirror") is not None},
-            source=source,
-        )
+        """The inverse of `to_dict`."""
+        return cls(tree, source)
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain JSON types: what a tree file holds and what a checkpoint stores."""
-        nodes = []
-        for v in range(self.num_nodes):
-            node = {
-                "id": v,
-                "name": self.names[v],
-                "parent": self.parents[v],
-                "colour": list(self.colours[v]),
-            }
-            node |= {"background": True} if v in self.background else {}
-            nodes.append(node | ({"mirror": self.mirrors[v]} if v in self.mirrors else {}))
-        return {
-            "name": self.name,
-            "ignore_index": self.ignore_index,
-            "levels": list(self.level_names),
-            "nodes": nodes,
-        }
-
-    def check_sides(self, source: str, way_out: str) -> None:
-        """Before photos are mirrored. Raises: UserError where names differ as left and right do, and name no mirror."""
-        if pairs := self.unpaired_sides():
-            lines = "".join(f'\n  {a}: "mirror": "{b}"\n  {b}: "mirror": "{a}"' for a, b in pairs)
-            raise UserError(
-                f"{source}: {pairs[0][0]!r} and {pairs[0][1]!r} look like two sides, which swap in a mirrored photo, "
-                f"but the tree does not say so. Add to the nodes:{lines}\n(or each node's own name where nothing "
-                f"swaps), or {way_out}"
-            )
-
-    def unpaired_sides(self) -> list[tuple[str, str]]:
-        """Names that differ as left and right do, and name no mirror."""
-        pairs = [(name, _SIDES.sub(lambda m: _RIGHT[m[0]], name)) for name in self.names if _SIDES.search(name)]
-        short = [(name, "r" + name[1:]) for name in self.names if name[0] == "l" and "r" + name[1:] in self.names]
-        pairs += short if len(short) > 1 else []  # leye and reye, lhand and rhand; land and rand alone say nothing
-        named = {self.names[v] for v in self.mirrors}
-        return [pair for pair in dict.fromkeys(pairs) if pair[1] in self.names and not named & {*pair}]
+        return copy.deepcopy(self._tree)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -214,19 +162,26 @@ class Hierarchy:
                 self._cache[full_key] = make().to(device, dtype)
         return self._cache[full_key]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": {}}  # a worker process makes its own tables
-
     # ---- construction --------------------------------------------------------------------------------------
+
+    def _path(self, v: int, source: str) -> tuple[int, ...]:
+        path = [v]
+        while (parent := self.parents[path[0]]) is not None:
+            if parent in path:
+                loop = " -> ".join(self.names[u] for u in reversed([parent, *path]))
+                raise UserError(
+                    f"{source}: node {v} ({self.names[v]}) never reaches a root: its parents form a cycle, {loop}"
+                )
+            path.insert(0, parent)
+        return tuple(path)
 
     def _level_table(self, level: int) -> tuple[int, ...]:
         """node -> its class at `level`: the ancestor at that depth, a leaf above it itself, else void."""
         depth = self.num_levels - level  # roots have depth 1
-        table = []
-        for v, path in enumerate(self.paths):
-            stands_for_itself = not self.children[v]
-            table.append(path[depth - 1] if len(path) >= depth else (v if stands_for_itself else self.ignore_index))
-        return tuple(table)
+        return tuple(
+            path[depth - 1] if len(path) >= depth else self.ignore_index if self.children[v] else v
+            for v, path in enumerate(self.paths)
+        )
 
     def _level_lut(self, level: int) -> Tensor:
         lut = torch.full((max(self.num_nodes - 1, self.ignore_index) + 1,), self.ignore_index)
@@ -234,27 +189,10 @@ class Hierarchy:
         return lut
 
     @cached_property
-    def preorder(self) -> tuple[int, ...]:
-        """Node ids, each parent before its children."""
-        order, stack = [], list(reversed(self.roots))
-        while stack:
-            v = stack.pop()
-            order.append(v)
-            stack.extend(reversed(self.children[v]))
-        return tuple(order)
-
-    @cached_property
-    def edges(self) -> tuple[tuple[int, int], ...]:
-        """(parent, child), from the roots down; reversed, from the leaves up."""
-        return tuple((self.parents[v], v) for v in self.preorder if self.parents[v] is not None)
-
-    @cached_property
     def heights(self) -> tuple[int, ...]:
         """The longest way down from each node to a leaf; 0 for a leaf."""
-        heights = [0] * self.num_nodes
-        for parent, child in reversed(self.edges):
-            heights[parent] = max(heights[parent], heights[child] + 1)
-        return tuple(heights)
+        deepest = [max(len(path) for path in self.paths if v in path) for v in range(self.num_nodes)]
+        return tuple(depth - len(path) for depth, path in zip(deepest, self.paths, strict=True))
 
     def shared(self, u: int, v: int) -> int:
         """How many nodes the paths of two nodes have in common: the last of them is where they meet."""
@@ -265,20 +203,13 @@ class Hierarchy:
         return len(self.paths[u]) + len(self.paths[v]) - 2 * self.shared(u, v)
 
     def _make_signs(self) -> Tensor:
-        signs = torch.full((self.num_nodes, self.num_nodes + 1), -1)
-        signs[:, self.num_nodes] = 0
-        for v, path in enumerate(self.paths):
-            for ancestor in path:
-                signs[v, ancestor] = 0  # below the label; the label itself is overwritten next
-            signs[list(path), v] = 1
-        return signs
+        n = range(self.num_nodes)
+        return torch.tensor(
+            [[1 if v in self.paths[y] else 0 if y in self.paths[v] else -1 for y in n] + [0] for v in n]
+        )
 
     def _make_leaves_below(self) -> Tensor:
-        below = torch.zeros(self.num_leaves, self.num_nodes + 1)
-        below[:, self.num_nodes] = 1
-        for row, leaf in enumerate(self.leaves):
-            below[row, list(self.paths[leaf])] = 1
-        return below
+        return torch.tensor([[y in self.paths[leaf] for y in range(self.num_nodes)] + [True] for leaf in self.leaves])
 
     def _check(self, source: str) -> None:
         """What one node alone cannot show."""
@@ -291,79 +222,67 @@ class Hierarchy:
                 )
             if name.lower() in TAKEN_FOLDERS:
                 raise UserError(f"{source}: 'levels' holds {name!r}, a folder of other pictures; choose another name")
-        ignore = self.ignore_index
-        if not is_int(ignore) or not self.num_nodes <= ignore <= MAX_LABEL:
+        if not is_int(self.ignore_index) or not self.num_nodes <= self.ignore_index <= MAX_LABEL:
             raise UserError(
-                f"{source}: 'ignore_index' is {ignore!r}; it must be an integer from {self.num_nodes} "
+                f"{source}: 'ignore_index' is {self.ignore_index!r}; it must be an integer from {self.num_nodes} "
                 f"(the number of nodes) to {MAX_LABEL}, usually 255"
             )
-        if len(self.level_names) != self.num_levels or len(set(self.level_names)) != self.num_levels:
+        if not len(self.level_names) == len(set(self.level_names)) == self.num_levels:
             raise UserError(
                 f"{source}: 'levels' is {list(self.level_names)}; the tree is {self.num_levels} levels deep, "
                 f"so give {self.num_levels} different names, the leaves' level first"
             )
         for what, values in (("name", self.names), ("colour", self.colours)):
-            first_with: dict[Any, int] = {}
             for v, value in enumerate(values):
-                if value in first_with:
+                if (first := values.index(value)) != v:
                     raise UserError(
-                        f"{source}: node {v} ({self.names[v]}) has the same {what} {value!r} as node "
-                        f"{first_with[value]} ({self.names[first_with[value]]}); give it another"
+                        f"{source}: node {v} ({self.names[v]}) has the same {what} {value!r} as node {first} "
+                        f"({self.names[first]}); give it another"
                     )
-                first_with[value] = v
-        for v in sorted(self.background):
-            if self.parents[v] is not None or self.children[v]:
-                raise UserError(
-                    f"{source}: node {v} ({self.names[v]}) is marked as background; only a root without children can be"
-                )
-
-
-def _children(parents: tuple[int | None, ...]) -> tuple[tuple[int, ...], ...]:
-    children: list[list[int]] = [[] for _ in parents]
-    for v, parent in enumerate(parents):
-        if parent is not None:
-            children[parent].append(v)
-    return tuple(tuple(nodes) for nodes in children)
-
-
-def _paths(parents: tuple[int | None, ...], names: tuple[str, ...], source: str) -> tuple[tuple[int, ...], ...]:
-    """For each node the ids from its root down to itself. Raises: UserError for a cycle."""
-    paths = []
-    for v in range(len(parents)):
-        path, parent = [v], parents[v]
-        while parent is not None:
-            if parent in path:
-                loop = " -> ".join(names[u] for u in [*path, parent])
-                raise UserError(
-                    f"{source}: node {v} ({names[v]}) never reaches a root: its parents form a cycle, {loop}"
-                )
-            path.append(parent)
-            parent = parents[parent]
-        paths.append(tuple(reversed(path)))
-    return tuple(paths)
-
-
-def _mirror_table(
-    names: tuple[str, ...], parents: tuple[int | None, ...], mirrors: dict[int, str], source: str
-) -> tuple[int, ...] | None:
-    """Node -> the node that it is in a mirror, itself where it names none; None where no two nodes swap.
-
-    Raises: UserError where that would not give a tree again.
-    """
-    table = list(range(len(names)))
-    for v, name in mirrors.items():
-        where = f"{source}: node {v} ({names[v]}) names the mirror {name!r}"
-        if name not in names:
-            raise UserError(f"{where}, which is no node; the nodes are {', '.join(names)}")
-        table[v] = names.index(name)
-        if mirrors.get(table[v]) != names[v]:
-            raise UserError(f'{where}, which does not name it back: give that node "mirror": "{names[v]}"')
-    for v, w in enumerate(table):
-        above = None if parents[v] is None else table[parents[v]]
-        if parents[w] != above:
-            wanted = "a root" if above is None else f"below {names[above]!r}"
+        for v in sorted(self.background - ({*self.roots} & {*self.leaves})):
             raise UserError(
-                f"{source}: the mirror of node {v} ({names[v]}) is {names[w]!r}, which is not {wanted}; two nodes that "
-                "swap stand below one parent, or below two that swap"
+                f"{source}: node {v} ({self.names[v]}) is marked as background; only a root without children can be"
             )
-    return None if table == list(range(len(names))) else tuple(table)
+
+    # ---- sides: two nodes that swap in a mirrored photo ------------------------------------------------------
+
+    def _mirror_table(self, source: str) -> tuple[int, ...] | None:
+        """Node -> the node that it is in a mirror, itself where it names none; None where no two nodes swap.
+
+        Raises: UserError where a name is no node's, is not named back, or would not give a tree again.
+        """
+        table = list(range(self.num_nodes))
+        for v, name in self.mirrors.items():
+            where = f"{source}: node {v} ({self.names[v]}) names the mirror {name!r}"
+            if name not in self.names:
+                raise UserError(f"{where}, which is no node; the nodes are {', '.join(self.names)}")
+            table[v] = self.names.index(name)
+            if self.mirrors.get(table[v]) != self.names[v]:
+                raise UserError(f'{where}, which does not name it back: give that node "mirror": "{self.names[v]}"')
+        for v, w in enumerate(table):
+            above = None if self.parents[v] is None else table[self.parents[v]]
+            if self.parents[w] != above:
+                wanted = "a root" if above is None else f"below {self.names[above]!r}"
+                raise UserError(
+                    f"{source}: the mirror of node {v} ({self.names[v]}) is {self.names[w]!r}, which is not {wanted}; "
+                    "two nodes that swap stand below one parent, or below two that swap"
+                )
+        return None if table == list(range(self.num_nodes)) else tuple(table)
+
+    def check_sides(self, source: str, way_out: str) -> None:
+        """Before photos are mirrored. Raises: UserError where names differ as left and right do, and name no mirror."""
+        if pairs := self.unpaired_sides():
+            lines = "".join(f'\n  {a}: "mirror": "{b}"\n  {b}: "mirror": "{a}"' for a, b in pairs)
+            raise UserError(
+                f"{source}: {pairs[0][0]!r} and {pairs[0][1]!r} look like two sides, which swap in a mirrored photo, "
+                f"but the tree does not say so. Add to the nodes:{lines}\n(or each node's own name where nothing "
+                f"swaps), or {way_out}"
+            )
+
+    def unpaired_sides(self) -> list[tuple[str, str]]:
+        """Names that differ as left and right do, and name no mirror."""
+        pairs = [(name, _SIDES.sub(lambda m: _RIGHT[m[0]], name)) for name in self.names if _SIDES.search(name)]
+        short = [(name, "r" + name[1:]) for name in self.names if name[0] == "l" and "r" + name[1:] in self.names]
+        pairs += short if len(short) > 1 else []  # leye and reye, lhand and rhand; land and rand alone say nothing
+        named = {self.names[v] for v in self.mirrors}
+        return [pair for pair in dict.fromkeys(pairs) if pair[1] in self.names and not named & {*pair}]
