@@ -9,13 +9,13 @@ from PIL import Image
 
 from configs.config import Config
 from tools.dataset_hie_enc import write_lists
-from utils.classes import read_classes, warnings_of
 from utils.encoder import RECORD, Wishes, encode_folder
 from utils.encoding import load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.ids import PhotoFolder, draw_split, read_ids
 from utils.images import VOID_COLOUR, read_labels
+from utils.masks import read_classes, warnings_of
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 LABELS = np.array([[0, 0, 1, 4], [2, 3, 255, 6]], np.uint8)
@@ -161,7 +161,7 @@ def test_colours_of_the_tree_are_read_from_rgb_and_opaque_rgba(encode, tree):
     for mode in ("RGB", "RGBA"):
         assert (encode(lambda folder, mode=mode: picture.convert(mode).save(folder / "a.png")) == LABELS).all()
     picture.putpixel((1, 0), (1, 2, 3))
-    with pytest.raises(UserError, match=r"a\.png: the colour #010203 at row 0, column 1 \(1 pixels .*void: #000000"):
+    with pytest.raises(UserError, match=r"a\.png: the colour #010203 at row 0, column 1 \(1 pixels "):
         encode(lambda folder: picture.save(folder / "a.png"))
     assert (encode(lambda folder: picture.save(folder / "a.png"), {"#010203": "background"}) == LABELS).all()
     expected = LABELS.copy()
@@ -179,7 +179,7 @@ def test_values_above_a_byte_are_merged_by_their_classes(encode, suffix):
     classes = {"0": "background", "24": "head", "25": "head", "9": "void"}
     for torso in ("40000", "*"):
         assert encode(write, classes | {torso: "torso"}).tolist() == [[0, 4, 4, 2], [4, 0, 255, 255]]
-    with pytest.raises(UserError, match=r"label 40000 at row 0, column 3 \(1 pixels\) is not in classes\.txt"):
+    with pytest.raises(UserError, match=r"label 40000 at row 0, column 3 \(1 pixels .*classes\.txt"):
         encode(write, classes)
 
 
@@ -199,7 +199,7 @@ def test_a_class_list_of_the_tree_s_own_ids_leaves_inner_nodes_as_they_are(encod
 
 def test_an_unknown_label_is_named_with_its_place(encode):
     strange = np.array([[0, 0, 0, 0], [0, 0, 10, 11]], np.uint8)
-    with pytest.raises(UserError, match=r"label 10 at row 1, column 2 \(1 pixels\) is no label.*nor are \[11\]"):
+    with pytest.raises(UserError, match=r"label 10 at row 1, column 2 \(2 pixels have such\) is not of the tree"):
         encode(lambda folder: Image.fromarray(strange).save(folder / "a.png"))
 
 
@@ -222,7 +222,7 @@ def test_a_palette_of_other_colours_says_nothing_and_a_mixed_one_is_open(encode,
     with pytest.raises(UserError, match=r"index 1 has the colour of label 2 .*--by index or --by colour"):
         encode(lambda folder: indexed(values, mixed).save(folder / "a.png"))
     assert (encode(lambda folder: None, by="index") == values).all()
-    with pytest.raises(UserError, match="the colour of label 0"):
+    with pytest.raises(UserError, match="the colour of index 0"):
         encode(lambda folder: None, by="colour")
 
 
@@ -246,8 +246,8 @@ def test_the_cityscapes_layout_is_encoded_as_it_comes(tmp_path):
     wishes = Wishes(classes)
     assert encode_folder(tmp_path / "gtFine", tmp_path / "leftImg8bit", tmp_path / "hie", cityscapes, wishes) == 3
     encoding = load_encoding(tmp_path / "hie", cityscapes)
-    assert sorted(encoding.ids) == [f"{city}_000000_000019" for city in ("aachen", "bochum", "ulm")]
-    assert {encoding.files[i]["source"].split("/")[0] for i in encoding.ids} == {"train", "val"}
+    assert sorted(encoding.files) == [f"{city}_000000_000019" for city in ("aachen", "bochum", "ulm")]
+    assert {encoding.files[i]["source"].split("/")[0] for i in encoding.files} == {"train", "val"}
     expected = [[11] * 4, [255, 255, 255, 18]]
     assert read_labels(tmp_path / "hie" / "aachen_000000_000019.png").tolist() == expected
     config = Config(root_data_dir=str(tmp_path), train_sample_ids_file="lists/train.txt")

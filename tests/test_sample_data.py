@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from tools.make_sample_data import CLASSES, Settings, draw_sample, make_data_set
-from utils.classes import read_classes
 from utils.errors import UserError
 from utils.ids import read_ids
 from utils.images import read_labels, read_photo
+from utils.masks import read_classes
 
 
 def files_of(folder):

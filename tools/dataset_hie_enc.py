@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import Config, load_config
-from utils.classes import read_classes, warnings_of
 from utils.cli import run_main
 from utils.encoder import Wishes, encode_folder
 from utils.errors import UserError
 from utils.ids import draw_split, read_ids, write_ids
+from utils.masks import read_classes, warnings_of
 
 MASKS, CLASSES = "gt_masks", "classes.txt"
 
@@ -124,7 +124,7 @@ def main() -> None:
     print(f"{'node':<24}{'% of pixels':>12}{'photos':>9}")
     for name, pixels, photos in zip(hierarchy.names, encoding.pixels, encoding.photos, strict=True):
         print(f"{name:<24}{100 * pixels / total:>12.2f}{photos:>9}")
-    print(f"{args.save_dir}: {len(encoding.ids)} masks, {changed} of them new or changed")
+    print(f"{args.save_dir}: {len(encoding.files)} masks, {changed} of them new or changed")
     if ids is None and args.split:
         write_lists(config, args.split, args.seed, {i: record["source"] for i, record in encoding.files.items()})
 

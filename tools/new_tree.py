@@ -28,11 +28,11 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from configs.config import REPOSITORY
-from utils.classes import BACKGROUND, VOID_NAMES
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
+from utils.masks import BACKGROUND, VOID_NAMES
 
 Node = tuple[str, str | None, int | None]  # name, parent, value
 

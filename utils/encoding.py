@@ -1,16 +1,16 @@
 """encoding.json: what the label maps of a data set hold, and whether they are still those of its masks."""
 
 import os
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.encoder import FORMAT, KEYS, RECORD
+from utils.encoder import FORMAT, KEYS, RECORD, is_same
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
-from utils.label_map import is_same
 
 AGAIN = "run: python tools/dataset_hie_enc.py (with the --cfg of this experiment)"
 
@@ -29,10 +29,6 @@ class Encoding:
     photos: tuple[int, ...]  # with a pixel of the node or its descendants
     ignored: int  # pixels
 
-    @property
-    def ids(self) -> Collection[str]:
-        return self.files.keys()
-
 
 def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
     """The encoding of a folder of label maps.
@@ -48,36 +44,43 @@ def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
             raise UserError(f"{path} is of format {record['format']}, this program reads {FORMAT}; {AGAIN}")
         if not record["complete"]:
             raise UserError(f"{path} says that encoding did not come to its end; {AGAIN}")
-        _check_tree(record, hierarchy, f"{path} {{}}; {AGAIN}, or choose the tree it was made with")
+        _check_tree(Hierarchy.from_dict(record["hierarchy"], str(path)), hierarchy, path)
         if any(KEYS - old.keys() for old in record["files"].values()):
             raise KeyError("files")
-        nodes = [record["nodes"][name] for name in hierarchy.names]
         return Encoding(
             files=dict(record["files"]),
             skipped=dict(record["skipped"]),
             folder=Path(labels_dir),
-            masks_dir=_first_folder([os.path.normpath(os.path.join(labels_dir, at)) for at in record["masks_dir"]]),
+            masks_dir=Path(labels_dir, record["masks_dir"]),
             obey_exif=record["obey_exif"],
-            ignored=int(record["ignored"]["pixels"]),
-            **{key: tuple(int(node[key]) for node in nodes) for key in ("pixels", "labelled", "photos")},
+            **_totals(record["files"], hierarchy),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
-def _first_folder(places: list[str]) -> Path:
-    return Path(next(filter(os.path.isdir, places), places[0]))
+def _check_tree(theirs: Hierarchy, ours: Hierarchy, path: Path) -> None:
+    if theirs.fingerprint != ours.fingerprint or theirs.ignore_index != ours.ignore_index:
+        theirs, ours = (f"'{h.name}' ({h.num_nodes} nodes, ignore_index {h.ignore_index})" for h in (theirs, ours))
+        raise UserError(
+            f"{path} was made with the tree {theirs}, this experiment uses {ours}: their ids, names or parents differ; "
+            f"{AGAIN}, or choose the tree it was made with"
+        )
 
 
-def _check_tree(record: dict[str, Any], hierarchy: Hierarchy, message: str) -> None:
-    if record["fingerprint"] != hierarchy.fingerprint:
-        same_name = record["tree"] == hierarchy.name
-        fault = f"was made with the tree '{record['tree']}'"
-        fault += ", which has changed since" if same_name else f", this experiment uses '{hierarchy.name}'"
-        raise UserError(message.format(fault))
-    theirs = record["hierarchy"]["ignore_index"]
-    if theirs != hierarchy.ignore_index:
-        raise UserError(message.format(f"has ignore_index {theirs}, the tree has {hierarchy.ignore_index}"))
+def _totals(files: dict[str, dict[str, Any]], hierarchy: Hierarchy) -> dict[str, Any]:
+    """Per node the pixels at or below it, those labelled as itself, and the photos with any."""
+    labelled, pixels, photos = Counter(), Counter(), Counter()
+    paths = dict(enumerate(hierarchy.paths)) | {hierarchy.ignore_index: ()}
+    for record in files.values():
+        counts = {int(label): int(count) for label, count in record["counts"].items()}
+        labelled.update(counts)
+        photos.update({node for label in counts for node in paths[label]})
+    for label, count in labelled.items():
+        pixels.update(dict.fromkeys(paths[label], count))
+    found = {"pixels": pixels, "labelled": labelled, "photos": photos}
+    per_node = {key: tuple(counter[v] for v in range(hierarchy.num_nodes)) for key, counter in found.items()}
+    return per_node | {"ignored": labelled[hierarchy.ignore_index]}
 
 
 def check_encoded(

@@ -1,20 +1,33 @@
-"""Masks as people have them -> labels of a tree: grey, indexed or colour-coded PNG and .npy, in any order of values."""
+"""Masks as people have them -> labels of a tree: what their values mean, and grey, indexed, RGB PNG and .npy alike."""
 
+import difflib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
-from utils.ids import PhotoFolder, files_below, same_form
+from utils.ids import PhotoFolder, files_below, read_text, same_form
 from utils.images import MASK_SUFFIXES, VOID_COLOUR, Colour, read_values
 
-UNKNOWN = -1
+if TYPE_CHECKING:  # it brings torch with it, which the worker processes can do without
+    from utils.hierarchy import Hierarchy
+
 # What may follow the id in a mask's name; where an id has several, the first of these is its mask.
 KINDS = "labelIds mask masks label labels seg segmentation gt labelTrainIds color instanceIds instanceTrainIds".split()
 ENDING = re.compile(rf"(?:_gtFine|_gtCoarse)?_({'|'.join(KINDS)})$")
+
+VOID = "void"
+VOID_NAMES = {VOID, "ignore", "unlabelled", "unlabeled"}
+BACKGROUND = VOID_NAMES | {"background", "bg", "backdrop", "nothing", "none"}
+ALIASES = {"bg": "background"}
+LARGEST = 65535
+_VALUE = r"(?:\d+|#[0-9a-fA-F]{6}|\*)"
 
 
 def find_masks(masks_dir: Path, photos: PhotoFolder, ending: str = "") -> dict[str, list[Path]]:
@@ -37,26 +50,132 @@ def find_masks(masks_dir: Path, photos: PhotoFolder, ending: str = "") -> dict[s
     return {sample_id: ranks[min(ranks)] for sample_id, ranks in sorted(found.items())}
 
 
+# ---- classes.txt -------------------------------------------------------------------------------------------
+
+
+def read_classes(path: str | Path, names: Sequence[str]) -> dict[str, str]:
+    """Value ("24"), colour ("#dc143c") or "*" (all others) -> name in the tree (`names`), or "void".
+
+    A line is `24: person`, or `person: 24, 25, #dc143c` (several values for one class, several classes a line); or
+    all lines are plain names that count from 0.
+
+    Raises: UserError naming the line that has no known name, or repeats a value.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
+    order: dict[str, str] = {}
+    plain = 0  # lines without a value
+    for line in lines:
+        if not line or line.startswith("#"):  # a comment
+            continue
+        for text, values in _classes_of(line):
+            name = _name_in_tree(text, names, f"{path}: {line!r}")
+            is_repeated = not values and name in order.values()
+            for value in values or [str(plain)]:
+                if is_repeated or value in order or (value.isdigit() and int(value) > LARGEST):
+                    raise UserError(f"{path}: {line!r} repeats a value or a class, or the value is above {LARGEST}")
+                order[value] = name
+            plain += not values
+            if plain and plain != len(order):
+                raise UserError(f"{path}: {line!r} has no value, other lines have; write every line as 'value: name'")
+    if not order:
+        raise UserError(f"{path} is empty; expected lines such as '0: background'")
+    return order
+
+
+def _classes_of(line: str) -> list[tuple[str, list[str]]]:
+    """(name, values) of each class that a line names, values before names or after them; or a plain name."""
+    line = re.sub(rf"^({_VALUE})\s+(?=\D)", r"\1:", line)  # '1 head'
+    parts = list(filter(None, re.split(r"\s*[:=,;]\s*", line)))
+    are_values = [bool(re.fullmatch(rf"{_VALUE}(\s+{_VALUE})*", part)) for part in parts]
+    if not parts or all(are_values):
+        return [(line, [])]
+    found: list[tuple[str, list[str]]] = []
+    for part, is_value in list(zip(parts, are_values, strict=True))[:: -1 if are_values[0] else 1]:
+        if is_value:
+            found[-1][1].extend(str(int(value)) if value.isdigit() else value.lower() for value in part.split())
+        else:
+            found.append((part, []))
+    return found
+
+
+def _name_in_tree(text: str, names: Sequence[str], where: str) -> str:
+    plain = {_plain(name): name for name in reversed(names)}
+    name = _plain(text)
+    for candidate in (name, name.removesuffix("s")):
+        candidate = ALIASES.get(candidate, candidate)
+        if candidate in plain:
+            return plain[candidate]
+        if candidate in VOID_NAMES:
+            return VOID
+    close = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"{where} names no class of the tree{hint}; known names: {', '.join([*names, VOID])}")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\s_-]+", "_", text.strip().lower())
+
+
+def warnings_of(hierarchy: "Hierarchy", classes: Mapping[str, str] | None) -> list[str]:
+    """What is allowed, but rarely meant: a background without its flag, a class that no mask can hold."""
+    names, lonely = hierarchy.names, set(hierarchy.roots) & set(hierarchy.leaves)
+    found = [
+        f"the root '{names[root]}' of the tree '{hierarchy.name}' is scored like any class; if it is background, give "
+        f'node {root} of the tree file "background": true'
+        for root in sorted(lonely.difference(hierarchy.background))
+        if names[root].lower() in BACKGROUND
+    ]
+    unused = [names[leaf] for leaf in hierarchy.leaves if names[leaf] not in (classes or {}).values()]
+    if classes and unused:
+        found.append(f"the class list has no value for {', '.join(unused)}")
+    return found
+
+
+# ---- values and colours ------------------------------------------------------------------------------------
+
+
+def mask_reader(hierarchy: "Hierarchy", classes: Mapping[str, str] | None, by: str) -> "MaskReader":
+    """What turns masks, whose values are `classes` of the tree (None: its ids), into labels."""
+    label_of = {name: label for label, name in enumerate(hierarchy.names)} | {VOID: hierarchy.ignore_index}
+    labels = None if classes is None else {value: label_of[name] for value, name in classes.items()}
+    return MaskReader(hierarchy.name, hierarchy.colours, hierarchy.ignore_index, labels, by)
+
+
 @dataclass(frozen=True)
 class MaskReader:
-    """Reads masks into labels of one tree.
+    """Reads masks into labels of one tree, whose nodes have the colours of `palette`.
 
     `classes` says which label a value ("24") or a colour ("#dc143c") stands for, "*" being all others; without it
     the values are the labels. `by` index or colour settles what the palette of an indexed PNG leaves open.
     """
 
     tree: str
-    labels: tuple[int, ...]  # all that may stand in a label map
-    void: int
     palette: tuple[Colour, ...]
-    classes: dict[str, int] | None = None
+    void: int
+    classes: Mapping[str, int] | None = None
     by: str = "auto"
-    colours: dict[int, int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        colours = {_packed(colour): label for label, colour in enumerate(self.palette)}
+    @cached_property
+    def values(self) -> dict[int, int]:
+        """Value -> label. A 255 that nothing explains is void in every family of masks."""
+        named = {int(key): label for key, label in (self.classes or {}).items() if key.isdigit()}
+        are_ids = all(value == label for value, label in named.items())  # then so are those that no line names
+        return ({v: v for v in (*range(len(self.palette)), self.void)} if are_ids else {255: self.void}) | named
+
+    @cached_property
+    def colours(self) -> dict[int, int]:
+        """Colour, as one number -> label."""
         named = {int(key[1:], 16): label for key, label in (self.classes or {}).items() if key[0] == "#"}
-        object.__setattr__(self, "colours", {_packed(VOID_COLOUR): self.void} | colours | named)
+        ours = dict(zip(_packed(self.palette).tolist(), range(len(self.palette)), strict=True))
+        return {int(_packed(VOID_COLOUR)): self.void} | ours | named
+
+    @property
+    def rest(self) -> int | None:
+        """The label of everything that is not named."""
+        return (self.classes or {}).get("*")
 
     def read(self, path: Path) -> tuple[np.ndarray, bool]:
         """The labels of a mask, and whether its colours gave them against its values. Shape: (H, W) uint8.
@@ -65,72 +184,35 @@ class MaskReader:
         """
         values, palette = read_values(path)
         if values.ndim == 3:
-            return self._by_colour(values, path), False
-        counts = np.array(
-            Image.fromarray(values).histogram() if values.dtype == np.uint8 else np.bincount(values.ravel())
-        )
-        present = np.flatnonzero(counts)
-        table = self._table(len(counts))
+            return self._looked_up(_packed(values), self.colours, path, "the colour #{:06x}"), False
         if palette is not None and self.by != "index":
-            coloured = np.full(len(counts), UNKNOWN)
-            shown = [self.colours.get(_packed(colour), UNKNOWN) for colour in palette.tolist()]
-            coloured[: len(shown)] = shown
-            seen = coloured[present]
-            known, differs = (seen >= 0).all(), ((seen >= 0) & (seen != table[present])).any()
-            if (known and differs) or self.by == "colour":
-                return self._looked_up(values, coloured, present, counts, path, "the colour of label"), True
-            if differs:
-                raise UserError(self._open_order(path, present, seen, table))
-        return self._looked_up(values, table, present, counts, path, "label"), False
+            coloured = {i: self.colours[c] for i, c in enumerate(_packed(palette).tolist()) if c in self.colours}
+            present = [i for i, count in enumerate(Image.fromarray(values).histogram()) if count]
+            differing = [i for i in present if i in coloured and coloured[i] != self.values.get(i, self.rest)]
+            if self.by == "colour" or (differing and coloured.keys() >= {*present}):
+                return self._looked_up(values, coloured, path, "the colour of index {}"), True
+            if differing:
+                raise UserError(
+                    f"{path}: index {differing[0]} has the colour of label {coloured[differing[0]]} of the tree "
+                    f"'{self.tree}', other colours are not the tree's: it is open whether its indices or its colours "
+                    "count. Give --by index or --by colour"
+                )
+        return self._looked_up(values, self.values, path, "label {}"), False
 
-    def _table(self, size: int) -> np.ndarray:
-        """Value -> label. A 255 that nothing explains is void in every family of masks."""
-        classes = self.classes or {}
-        named = {int(key): label for key, label in classes.items() if key.isdigit()}
-        are_ids = all(value == label for value, label in named.items())  # then so are those that no line names
-        known = dict(zip(self.labels, self.labels, strict=True)) if are_ids else {255: self.void}
-        table = np.full(size, classes.get("*", UNKNOWN))
-        for value, label in (known | named).items():
-            if value < size:
-                table[value] = label
-        return table
-
-    def _looked_up(self, values, table, present, counts, path: Path, what: str) -> np.ndarray:
-        if unknown := [int(value) for value in present if table[value] == UNKNOWN]:
-            row, column = np.argwhere(values == unknown[0])[0]
+    def _looked_up(self, codes: np.ndarray, meaning: Mapping[int, int], path: Path, what: str) -> np.ndarray:
+        """Shape: (H, W) of numbers that stand for something -> (H, W) uint8."""
+        table = np.full(max(*meaning, int(codes.max())) + 1, -1 if self.rest is None else self.rest, np.int16)
+        table[list(meaning)] = list(meaning.values())
+        labels = table[codes]
+        if labels.min() < 0:
+            row, column = np.argwhere(labels < 0)[0]
             raise UserError(
-                f"{path}: {what} {unknown[0]} at row {row}, column {column} ({counts[unknown[0]]} pixels) "
-                f"{'is no label of the tree' if self.classes is None else 'is not in classes.txt of the tree'} "
-                f"'{self.tree}'" + (f"; nor are {unknown[1:]}" if unknown[1:] else "")
+                f"{path}: {what.format(codes[row, column])} at row {row}, column {column} ({(labels < 0).sum()} pixels "
+                f"have such) is not of the tree '{self.tree}' or its classes.txt; name it there, such as 'void: 255'"
             )
-        same = values.dtype == np.uint8 and (table[present] == present).all()
-        return values if same else table.astype(np.uint8)[values]
-
-    def _by_colour(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """Shape: (H, W, 3) uint8 -> (H, W) uint8."""
-        packed = values.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
-        keys = np.array(sorted(self.colours), np.uint32)
-        place = np.searchsorted(keys, packed).clip(0, len(keys) - 1)
-        table = np.array([self.colours[int(key)] for key in keys], np.uint8)
-        labels, strange = table[place], keys[place] != packed
-        rest = (self.classes or {}).get("*")
-        if strange.any() and rest is None:
-            row, column = np.argwhere(strange)[0]
-            raise UserError(
-                f"{path}: the colour #{packed[row, column]:06x} at row {row}, column {column} ({strange.sum()} pixels "
-                f"have such) is no colour of the tree '{self.tree}'; name it in classes.txt, such as 'void: #000000'"
-            )
-        return np.where(strange, rest, labels).astype(np.uint8) if strange.any() else labels
-
-    def _open_order(self, path: Path, present, seen, table) -> str:
-        value = next(i for i, v in enumerate(present) if seen[i] >= 0 and seen[i] != table[v])
-        return (
-            f"{path}: index {present[value]} has the colour of label {seen[value]} of the tree '{self.tree}', other "
-            "colours are not the tree's: it is open whether its indices or its colours count. Give --by index or "
-            "--by colour"
-        )
+        return labels.astype(np.uint8)
 
 
-def _packed(colour) -> int:
-    red, green, blue = colour
-    return red << 16 | green << 8 | blue
+def _packed(colours: Iterable) -> np.ndarray:
+    """Shape: (..., 3) -> (...)."""
+    return np.asarray(colours, np.uint32).reshape(*np.shape(colours)[:-1], 3) @ np.array([65536, 256, 1], np.uint32)
