@@ -13,7 +13,7 @@ import argparse
 
 from configs.config import DECODE_RULES, TTA, parse_overrides
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
-from manage.session import session
+from manage.faults import session
 from utils.cli import run_main
 
 

@@ -12,7 +12,7 @@ import argparse
 
 from configs.config import load_config
 from manage import distributed
-from manage.session import session
+from manage.faults import session
 from manage.train_manager import TrainManager
 from utils.cli import run_main
 

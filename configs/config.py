@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import json
 import os
-import re
 import sys
 import typing
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
-from configs.checks import check_value, coerce, name_of, suggest
+from configs.checks import checked, name_of, suggest
 from utils.errors import UserError
 from utils.files import parse_json, read_json, write_whole
 
@@ -43,28 +42,29 @@ RESUMABLE_CHANGES = frozenset(
     "eval_checkpoint decode root_bias tta metrics log_every".split()
 )
 
-# Keys that went: the value that changed nothing (ANY where none did), and what there is instead.
-ANY = object()
+# Keys that went -> what there is instead. Records of old runs may hold them.
 _ONE_LOSS = "a run has one criterion; train with the first loss, then start from its checkpoint"
 _STEPS = "the step schedule goes down to a tenth after 60 % and again after 85 % of the steps"
 GONE = {
-    "vflip": (0, "training views are not turned upside down"),
-    "criterion_warmup": (None, _ONE_LOSS),
-    "criterion_warmup_epochs": (0, _ONE_LOSS),
-    "step_epochs": ([], _STEPS),
-    "step_factor": (0.1, _STEPS),
-    "on_non_finite": ("stop", "a run always stops at a loss or gradient that is not finite"),
-    "n_val_pictures": (ANY, "TensorBoard shows the first four val photos"),
-    "save_last_every_minutes": (ANY, "last.pt is saved every ten minutes and after each epoch"),
+    "vflip": "training views are not turned upside down",
+    "criterion_warmup": _ONE_LOSS,
+    "criterion_warmup_epochs": _ONE_LOSS,
+    "step_epochs": _STEPS,
+    "step_factor": _STEPS,
+    "on_non_finite": "a run always stops at a loss or gradient that is not finite",
+    "n_val_pictures": "TensorBoard shows the first four val photos",
+    "save_last_every_minutes": "last.pt is saved every ten minutes and after each epoch",
 }
 
 
-def knob(default, help: str, *, choices=None, low=None, high=None, above=None, kind=None):
-    """A config key: default, how to choose it, and the values it takes (`kind`: name, inside, beside or path)."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "kind": kind}
+def knob(default, help: str, **rule):
+    """A config key: default, how to choose it, and the values it takes.
+
+    Rules: `choices`; `low`, `high` and `above` of numbers; `kind` of a text (see configs/checks.py).
+    """
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata={"help": help, **rule})
+    return dataclasses.field(default=default, metadata={"help": help, **rule})
 
 
 @dataclass
@@ -73,32 +73,26 @@ class Config:
 
     # --- what and where ---
     exp_name: str = knob("hseg", "names the folders experiments/<exp_name> and tensorboard/<exp_name>", kind="name")
-    root_dir: str = knob(".", "where experiments/ and tensorboard/ are made; relative to the repository", kind="path")
-    seed: int = knob(0, "of weights, order and augmentation; report at least three", low=0, high=2**31 - 1)
+    root_dir: str = knob(".", "where experiments/ and tensorboard/ are made; relative to the repository")
+    seed: int = knob(0, "of weights, order and augmentation; report at least three", low=0)
     deterministic: bool = knob(False, "equal runs on equal machines on a GPU too, at some speed")
-    device: str = knob("auto", "auto takes a GPU where there is one; else cpu, cuda, cuda:1, mps", kind="device")
+    device: str = knob("auto", "auto takes a GPU where there is one; else cpu, cuda, cuda:1", kind="device")
 
     # --- data ---
-    root_data_dir: str = knob("data/pascal_part", "the data set's folder; relative to root_dir", kind="path")
-    img_dir: str = knob("JPEGImages", "photos, inside root_data_dir", kind="inside")
-    gt_dir: str = knob("gt_masks_hie", "label maps written by tools/dataset_hie_enc.py", kind="beside")
-    train_sample_ids_file: str = knob("train_id.txt", "one id a line; inside root_data_dir, or absolute", kind="beside")
-    val_sample_ids_file: str = knob("val_id.txt", "one id a line; inside root_data_dir, or absolute", kind="beside")
+    root_data_dir: str = knob("data/pascal_part", "the data set's folder; relative to root_dir")
+    img_dir: str = knob("JPEGImages", "photos, relative to root_data_dir")
+    gt_dir: str = knob("gt_masks_hie", "label maps written by tools/dataset_hie_enc.py, relative to root_data_dir")
+    train_sample_ids_file: str = knob("train_id.txt", "one id a line; relative to root_data_dir")
+    val_sample_ids_file: str = knob("val_id.txt", "one id a line; relative to root_data_dir")
     obey_exif: bool | None = knob(
         None, "masks were drawn on photos as EXIF turns them: true; on the stored pixels: false; null: sizes tell"
     )
     n_train_photos: int | None = knob(None, "use only the first so many train ids, null: all", low=1)
     n_val_photos: int | None = knob(None, "use only the first so many val ids, null: all", low=1)
-    hierarchy: str = knob(
-        "configs/hierarchies/pascal_part.json", "the label tree; relative to the repository", kind="path"
-    )
+    hierarchy: str = knob("configs/hierarchies/pascal_part.json", "the label tree; relative to the repository")
     n_classes: int | None = knob(None, "nodes of the tree; derived from it, and checked if given", low=1)
     num_workers: int | str = knob(
-        "auto",
-        "threads that read photos ahead; auto looks at the cores; 0 reads in the main thread",
-        low=0,
-        high=256,
-        choices=("auto",),
+        "auto", "threads that read photos ahead; auto looks at the cores, 0: none", low=0, high=256, choices=("auto",)
     )
     cache: str = knob(
         "auto",
@@ -108,26 +102,24 @@ class Config:
     skip_unreadable: int = knob(0, "damaged photos left out before it stops: of train, of val, in each process", low=0)
 
     # --- photo size and augmentation ---
-    short_side: int | None = knob(
-        None, "photos are resized to this short side first, null: native size", low=32, high=8192
-    )
+    short_side: int | None = knob(None, "photos are resized to this short side, null: native size", low=32, high=8192)
     crop_size: int = knob(480, "side of the square training crops, a multiple of 32", low=32, high=4096)
     scale_jitter: list[float] | None = knob(
-        [0.75, 1.5], "range of random scales before the crop, null: none", above=0, high=10
+        [0.75, 1.5], "range of scales before the crop, null: none", above=0, high=10
     )
     hflip: float = knob(0.5, "probability of a left-right flip", low=0, high=1)
     rotation: float = knob(0.0, "largest angle of a random turn, in degrees, 0: none", low=0, high=180)
     color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter, 0: none", low=0, high=1)
 
     # --- model ---
-    encoder: str = knob("resnet18", "a network of torchvision, or timm:NAME; --encoders lists them", kind="encoder")
+    encoder: str = knob("resnet18", "a network of torchvision, or timm:NAME; --encoders lists them")
     pretrained: bool = knob(True, "start from the encoder's own weights, of ImageNet (downloaded once)")
-    encoder_weights: str | None = knob(None, "start from this state dict instead; relative to root_dir", kind="path")
+    encoder_weights: str | None = knob(None, "start from this state dict instead; relative to root_dir")
     init_from: str | None = knob(
-        None, "start from what fits of this checkpoint, of any tree, instead; relative to root_dir", kind="path"
+        None, "start from what fits of this checkpoint, of any tree, instead; relative to root_dir"
     )
     decoder_channels: list[int] = knob(
-        [256, 128, 64, 32, 16], "channels after each of the 5 up-sampling stages", low=1, high=4096
+        [256, 128, 64, 32, 16], "after each of the 5 up-sampling stages", low=1, high=4096
     )
     prior_bias: bool = knob(True, "start the head at the data's class shares instead of at 0.5 each")
 
@@ -136,36 +128,25 @@ class Config:
         "bce", 'a loss, or a weighted sum such as {"tree_min": 1.0, "bce": 1.0}', choices=CRITERIA, low=0
     )
     gamma: float = knob(2.0, "focusing exponent of the focal losses, 0: the plain loss", low=0, high=10)
-    node_weights: str = knob(
-        "none", "weight of each node's term, from the pixel counts of the encoding", choices=NODE_WEIGHTS
-    )
+    node_weights: str = knob("none", "of each node's term, from the encoding's pixel counts", choices=NODE_WEIGHTS)
 
     # --- optimisation ---
     optimizer: str = knob("sgd", "sgd needs lr near 0.01, adam and adamw near 0.001", choices=OPTIMIZERS)
-    lr: float = knob(0.01, "peak learning rate", above=0, high=100)
-    encoder_lr_factor: float = knob(
-        1.0, "rate of the encoder over lr; 0.1 to 0.5 where it is pretrained", low=0, high=10
-    )
+    lr: float = knob(0.01, "peak learning rate", above=0)
+    encoder_lr_factor: float = knob(1.0, "rate of the encoder over lr; 0.1 to 0.5 where it is pretrained", low=0)
     freeze_encoder_epochs: int = knob(0, "first epochs in which the encoder is left as it starts", low=0)
     momentum: float = knob(0.9, "of sgd; the first beta of adam and adamw", low=0, high=0.9999)
-    weight_decay: float = knob(1e-4, "of all weights but biases and normalisation", low=0, high=10)
+    weight_decay: float = knob(1e-4, "of all weights but biases and normalisation", low=0)
     schedule: str = knob("poly", "how lr falls from its peak, as a function of the step", choices=SCHEDULES)
-    warmup_epochs: float = knob(
-        0.0, "epochs of linear growth to lr, may be a fraction; cut to half of a shorter run", low=0
-    )
-    poly_power: float = knob(0.9, "of the poly schedule", above=0, high=10)
-    batch_size: int = knob(15, "crops per process and step", low=1, high=65536)
-    accumulate: int = knob(
-        1, "batches per optimiser step; the gradient equals that of one large batch", low=1, high=65536
-    )
+    warmup_epochs: float = knob(0.0, "epochs of linear growth to lr, or a part; cut to half of a shorter run", low=0)
+    poly_power: float = knob(0.9, "of the poly schedule", above=0)
+    batch_size: int = knob(15, "crops per process and step", low=1)
+    accumulate: int = knob(1, "batches per optimiser step; the gradient equals that of one large batch", low=1)
     grad_clip: float = knob(0.0, "largest norm of the gradient, 0: no clipping", low=0)
     ema_decay: float = knob(
-        0.0,
-        "average of the weights that is validated and kept, 0: none; 0.99 for short runs",
-        low=0,
-        high=0.999999,
+        0.0, "average of the weights that is validated and kept, 0: none; 0.99 for short runs", low=0, high=0.999999
     )
-    n_epochs: int = knob(100, "passes over the training set", low=1, high=1000000)
+    n_epochs: int = knob(100, "passes over the training set", low=1)
 
     # --- speed ---
     amp: str = knob(
@@ -177,9 +158,7 @@ class Config:
     channels_last: bool | str = knob(
         "auto", "memory layout, which changes rounding alone; auto: on GPUs with mixed precision", choices=("auto",)
     )
-    compile: bool = knob(
-        False, "torch.compile network and criterion: a minute or two at the start, pays off in long runs"
-    )
+    compile: bool = knob(False, "torch.compile network and criterion; pays off in long runs")
     freeze_batchnorm: bool = knob(False, "keep the BatchNorm statistics of the start, for small batches")
     sync_batchnorm: bool = knob(False, "BatchNorm statistics over all processes (GPUs only)")
     timeout_minutes: float = knob(
@@ -189,11 +168,9 @@ class Config:
     # --- validation, saving, evaluation ---
     val_every: int = knob(1, "epochs between validations; the last epoch always validates", low=1)
     metrics: list[str] = knob(
-        ["mIoU", "pixel_accuracy", "violation_rate"],
-        "scores drawn as curves, at every level they have",
-        choices=METRICS,
+        ["mIoU", "pixel_accuracy", "violation_rate"], "scores drawn as curves, at every level", choices=METRICS
     )
-    monitor: str = knob("max mIoU1", 'what makes a checkpoint the best: "max SCORE" or "min SCORE"')
+    monitor: str = knob("max mIoU1", 'what makes a checkpoint the best: "max SCORE" or "min SCORE"', kind="score")
     log_every: int = knob(10, "steps between two points of the curves loss and lr", low=1)
     save_epoch: int = knob(10, "epochs between kept checkpoints", low=1)
     keep: int = knob(5, "how many of those are kept; best and last always are", low=1)
@@ -202,9 +179,7 @@ class Config:
     )
     root_bias: dict[str, float] = knob({}, "root name -> offset before the argmax; fit it with tools/fit_decode.py")
     tta: str = knob("off", "views averaged by evaluate, predict and export; full: six scales, flipped", choices=TTA)
-    eval_checkpoint: str | None = knob(
-        None, "what evaluate.py scores: best, last, checkpoint_<epoch> or a path", kind="path"
-    )
+    eval_checkpoint: str | None = knob(None, "what evaluate.py scores: best, last, checkpoint_<epoch> or a path")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -214,7 +189,7 @@ class Config:
         """`decode`, or the criterion's own rule."""
         return default_decode(self.criterion) if self.decode == "auto" else self.decode
 
-    # --- folders ---
+    # --- places ---
     @property
     def root(self) -> Path:
         return REPOSITORY / os.path.expanduser(self.root_dir)
@@ -225,7 +200,7 @@ class Config:
 
     @property
     def images_dir(self) -> Path:
-        return self.data_dir / self.img_dir
+        return self.data_dir / os.path.expanduser(self.img_dir)
 
     @property
     def labels_dir(self) -> Path:
@@ -240,6 +215,11 @@ class Config:
         return self.experiment_dir / "models_checkpoints"
 
     @property
+    def copy_file(self) -> Path:
+        """The run's own complete config: where it stands, there is something to resume."""
+        return self.experiment_dir / "configs" / f"{self.exp_name}.json"
+
+    @property
     def tensorboard_dir(self) -> Path:
         return self.root / "tensorboard" / self.exp_name
 
@@ -249,8 +229,7 @@ class Config:
 
     def ids_file(self, split: str) -> Path:
         """The id list of the split "train" or "val"."""
-        name = self.train_sample_ids_file if split == "train" else self.val_sample_ids_file
-        return self.data_dir / os.path.expanduser(name)
+        return self.data_dir / os.path.expanduser(getattr(self, f"{split}_sample_ids_file"))
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -270,45 +249,31 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
     Raises: UserError naming the file and key for anything that is not exactly a config.
     """
-    values = {} if path is None else read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object of config keys, found {name_of(values)}")
-    source = str(path) if path is not None else "the defaults"
-    if path is not None and _is_copy_of_a_run(Path(path)):
-        values = without_gone(values)
-    return config_from_dict(
-        values | parse_overrides(overrides), source if not overrides else f"{source} with overrides"
-    )
+    values, source, is_record = {}, "the defaults", False
+    if path is not None:
+        values, source, folder = read_json(path), str(path), Path(path).resolve().parent
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a JSON object of config keys, found {name_of(values)}")
+        is_record = (folder.name, folder.parent.name) == ("configs", Path(path).stem)  # the copy of a run
+    values = values | parse_overrides(overrides)
+    return config_from_dict(values, f"{source} with overrides" if overrides else source, is_record)
 
 
-def config_from_dict(values: dict, source: str) -> Config:
-    """A config from plain JSON values; `source` is named in errors."""
-    gone = [f"{key!r} ({GONE[key][1]})" for key in values if key in GONE]
-    if gone:
-        raise UserError(f"{source}: leave out what is no longer a key: {', '.join(gone)}")
-    for key in values:
-        if key not in FIELDS:
+def config_from_dict(values: dict, source: str, is_record: bool = False) -> Config:
+    """A config from plain JSON values; `source` is named in errors. What a run recorded may hold keys that went."""
+    known = {}
+    for key, value in values.items():
+        if key in FIELDS:
+            known[key] = value
+        elif key not in GONE:
             meant = suggest(key, FIELDS) or "."
             raise UserError(f"{source}: unknown key {key!r}{meant} `python configs/config.py --help` lists all keys")
+        elif not is_record:
+            raise UserError(f"{source}: leave out {key!r}, which is no longer a key: {GONE[key]}")
     try:
-        return Config(**values)
+        return Config(**known)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-def without_gone(values: dict, any_value: bool = False) -> dict:
-    """A config that an earlier version recorded, less the keys that went and changed nothing (or all that went)."""
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in GONE or not (any_value or GONE[key][0] is ANY or GONE[key][0] == value)
-    }
-
-
-def _is_copy_of_a_run(path: Path) -> bool:
-    """experiments/<name>/configs/<name>.json"""
-    folder = path.resolve().parent
-    return folder.name == "configs" and folder.parent.name == path.stem
 
 
 def save_config(config: Config, path: str | Path, full: bool = True) -> None:
@@ -353,36 +318,25 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple]:
 
 def _check(config: Config) -> None:
     for key, field in FIELDS.items():
-        value = coerce(key, getattr(config, key), TYPES[key])
-        setattr(config, key, value)
-        check_value(key, value, field.metadata)
-    if config.crop_size % 32:
-        raise UserError(
-            f"key 'crop_size': {config.crop_size} is not a multiple of 32; use {config.crop_size // 32 * 32 + 32}"
-        )
-    if config.scale_jitter is not None and (
-        len(config.scale_jitter) != 2 or config.scale_jitter[0] > config.scale_jitter[1]
-    ):
-        raise UserError(f"key 'scale_jitter': expected [smallest, largest], found {config.scale_jitter}")
-    if len(config.decoder_channels) != 5:
-        raise UserError(
-            f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(config.decoder_channels)}"
-        )
+        setattr(config, key, checked(key, getattr(config, key), TYPES[key], field.metadata))
+    crop, jitter, channels = config.crop_size, config.scale_jitter, config.decoder_channels
+    if crop % 32:
+        raise UserError(f"key 'crop_size': {crop} is not a multiple of 32; use {crop // 32 * 32 + 32}")
+    if jitter is not None and (len(jitter) != 2 or jitter[0] > jitter[1]):
+        raise UserError(f"key 'scale_jitter': expected [smallest, largest], found {jitter}")
+    if len(channels) != 5:
+        raise UserError(f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(channels)}")
     if isinstance(config.criterion, dict) and not sum(config.criterion.values()) > 0:
         raise UserError("key 'criterion': expected at least one loss with a weight above 0")
-    if not re.fullmatch(r"(max|min) \S+", config.monitor):
-        raise UserError(f'key \'monitor\': expected "max SCORE" or "min SCORE", found {config.monitor!r}')
     if config.pretrained and config.encoder_weights is not None:
-        raise UserError(
-            "keys 'pretrained' and 'encoder_weights' exclude each other; set pretrained to false to use the file"
-        )
+        raise UserError("keys 'pretrained' and 'encoder_weights' exclude each other: set pretrained=false for the file")
 
 
 def _keys() -> str:
     lines = ["keys:"]
     for key, field in FIELDS.items():
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        choices = field.metadata["choices"]
+        choices = field.metadata.get("choices")
         lines.append(f"  {key} = {json.dumps(default)}\n      {field.metadata['help']}")
         if choices:
             lines.append(f"      one of: {', '.join(choices)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from configs.config import Config
-from manage.experiment import cores
+from utils.cli import cores
 from utils.dataset import Draw, EpochBatches, Photos, Sample, find_samples
 from utils.encoding import Encoding, check_encoded, load_encoding
 from utils.errors import UserError
@@ -114,7 +114,7 @@ def train_loader(
     photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
     size = min(config.batch_size, max(1, len(photos) // (world * config.accumulate)))
     batches = EpochBatches(len(photos), size, config.seed, rank, world, config.accumulate)
-    store = Store(photos, n_threads(config, without_gpu=1), ahead=4 * config.batch_size)
+    store = Store(photos, n_threads(config, without_gpu=1), ahead=4 * size)
     return TrainLoader(store, batches, views), batches
 
 
@@ -160,8 +160,3 @@ class Tolerance:
     def report(self) -> None:
         for sample_id, fault in self.faults.items():
             print(f"left out: {sample_id}: {fault}")
-
-
-def samples_of(batch: Sample) -> Iterator[tuple[int, str]]:
-    """(index, fault) of each sample in a batch."""
-    return zip(batch.index.tolist(), batch.fault, strict=True)

@@ -1,8 +1,9 @@
 """One process or many: the same calls, which do nothing when there is one."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Adds up each tensor over all processes, in place."""
     if dist.is_initialized():
         for tensor in tensors:
@@ -64,20 +65,22 @@ def gather(value) -> list:
     return values
 
 
-def on_main_only(action, *args):
-    """The result of `action` in the main process, None in the others; a fault there (UserError, OSError) ends all."""
+def on_main_only(action: Callable, *args) -> Any:
+    """The result of `action`, which the main process alone calls, in all processes.
+
+    Raises: UserError in all, for a UserError there, or a file that cannot be written.
+    """
     result, fault = None, None
     if is_main():
         try:
             result = action(*args)
         except UserError as error:
             fault = str(error)
+        except (FileExistsError, NotADirectoryError) as error:
+            fault = f"{error.filename}: a file is where a folder is to be made; move it, or choose another exp_name"
         except OSError as error:
-            fault = f"{error.filename}: {error.strerror}"
-    if dist.is_initialized():
-        shared = [fault]
-        dist.broadcast_object_list(shared)
-        fault = shared[0]
+            fault = f"{error.filename}: cannot be written ({error.strerror}); set root_dir to a folder you may write to"
+    result, fault = gather((result, fault))[0]
     if fault is not None:
         raise UserError(fault)
     return result
@@ -92,28 +95,19 @@ def largest(value: int) -> int:
     return int(tensor)
 
 
-def agree(wish: bool) -> bool:
-    """What the main process wishes, in all processes."""
-    return bool(largest(int(wish and is_main())))
-
-
 def choose_device(name: str) -> torch.device:
-    """The device of this process.
-
-    Raises: UserError when it is not there.
-    """
+    """The device of this process. Raises: UserError when it is not there."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        index = device.index if device.index is not None else local_rank
-        if index >= count:
-            raise UserError(f"key 'device': {name!r} is not there (this machine has {count} GPUs); use auto or cpu")
-        return torch.device("cuda", index)
     if device.type == "mps":
         raise UserError("key 'device': mps has no numbers of 64 bits, in which losses and scores are summed; use cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        device = device if device.index is not None else torch.device("cuda", local_rank)
+        if device.index >= count:
+            raise UserError(f"key 'device': {name!r} is not there (this machine has {count} GPUs); use auto or cpu")
     return device
 
 

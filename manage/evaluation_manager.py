@@ -22,7 +22,6 @@ from configs.config import (
     default_decode,
     load_config,
     parse_overrides,
-    without_gone,
 )
 from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
@@ -156,8 +155,8 @@ def to_evaluate(cfg: str | None, checkpoint: str | None, overrides: list[str]) -
             path = find_model(checkpoint, REPOSITORY)
         except UserError:  # `best`, say: of the experiment that the overrides name
             return load_config(None, overrides), checkpoint
-        values = without_gone(load_checkpoint(path)["config"], any_value=True)
-        return config_from_dict(values | parse_overrides(overrides), f"{path}, its config"), str(path)
+        values = load_checkpoint(path)["config"] | parse_overrides(overrides)
+        return config_from_dict(values, f"{path}, its config", is_record=True), str(path)
     return load_config(cfg, overrides), checkpoint
 
 

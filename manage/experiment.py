@@ -1,6 +1,5 @@
 """The folders of one experiment: lock, config, environment record."""
 
-import json
 import os
 import platform
 import shlex
@@ -23,119 +22,69 @@ from configs.config import (
     differences,
     load_config,
     save_config,
-    without_gone,
 )
-from manage.checkpoint import find_checkpoint, load_checkpoint, newer_than, newest_valid
-from manage.network import check_same_network, check_same_tree
+from manage.network import tree_changes
+from utils.cli import cores
 from utils.errors import UserError
-from utils.files import remove_unfinished, set_aside, write_json
+from utils.files import read_json, remove_unfinished, set_aside, write_json
 from utils.hierarchy import Hierarchy
 from utils.locks import Lock
 
 
-def create_experiment(config: Config, overwrite: bool = False, take_over: bool = False) -> Lock:
+def create_experiment(config: Config, lock: Lock, overwrite: bool = False, take_over: bool = False) -> None:
     """Makes the folders of a new experiment and takes its lock; `write_copies` follows.
 
-    Raises: UserError when the experiment exists (unless `overwrite`, which moves it aside) or cannot be written.
+    Raises: OSError; UserError when the experiment exists, unless `overwrite` moves it aside.
     """
-    lock = Lock(config.experiment_dir)
-    try:
-        config.experiment_dir.mkdir(parents=True, exist_ok=True)
-        lock.take(take_over)
-        if _has_results(config):
-            if not overwrite:
-                raise UserError(_already_there(config))
-            lock.release()
-            _move_aside(config)
-            config.experiment_dir.mkdir(parents=True)
-            lock.take()
-        make_folders(config)
-    except OSError as error:
+    config.experiment_dir.mkdir(parents=True, exist_ok=True)
+    lock.take(take_over)
+    if _has_results(config):
+        if not overwrite:
+            raise UserError(_already_there(config))
         lock.release()
-        raise _not_writable(config, error) from None
-    except UserError:
-        lock.release()
-        raise
-    return lock
+        for aside in set_aside(config.experiment_dir, config.tensorboard_dir):
+            print(f"moved {aside.name.partition('.old-')[0]} to {aside}")
+        config.experiment_dir.mkdir(parents=True)
+        lock.take()
+    make_folders(config)
 
 
-def open_experiment(config: Config, take_over: bool = False) -> Lock:
-    """Takes the lock of an experiment that is to be resumed, after its config has been compared.
-
-    Raises: UserError when there is none, or when a key that changes the results differs.
-    """
-    if not config_copy(config).exists():
+def open_experiment(config: Config, lock: Lock, take_over: bool = False) -> None:
+    """Takes the lock of an experiment that is to be resumed. Raises: OSError; UserError when there is none."""
+    if not config.copy_file.exists():
         raise UserError(f"{config.experiment_dir}: nothing to resume there; start without --resume")
-    changed = check_resumable(config, load_config(config_copy(config)), f"experiment {config.exp_name!r}")
-    for key, (ours, theirs) in changed.items():
-        print(f"changed since the start: {key} {theirs!r} -> {ours!r}")
-    lock = Lock(config.experiment_dir)
-    try:
-        lock.take(take_over)
-        make_folders(config)
-        remove_unfinished(config.checkpoints_dir)
-        if "n_epochs" in changed:
-            save_config(config, config_copy(config))
-    except OSError as error:
-        lock.release()
-        raise _not_writable(config, error) from None
-    return lock
+    lock.take(take_over)
+    make_folders(config)
+    remove_unfinished(config.checkpoints_dir)
 
 
-def check_resumable(config: Config, theirs: Config, what: str, may_differ: str | None = None) -> dict[str, tuple]:
-    """The keys that differ, all of them without influence on what is computed; n_epochs may grow.
-
-    Raises: UserError when another key differs.
-    """
-    changed = differences(config, theirs)
-    allowed = {*RESUMABLE_CHANGES, may_differ, *["n_epochs"] * (config.n_epochs > theirs.n_epochs)}
-    fatal = {key: pair for key, pair in changed.items() if key not in allowed}
-    if fatal:
-        listing = "; ".join(f"{key}: {theirs!r} then, {ours!r} now" for key, (ours, theirs) in fatal.items())
-        raise UserError(
-            f"{what} was started with another config ({listing}). A run that goes on must keep "
-            "it (n_epochs alone may grow): give the same values, or choose another exp_name"
-        )
-    return changed
-
-
-def checkpoint_to_resume(config: Config, path: str, say=print) -> Path | None:
-    """The newest whole checkpoint of an experiment, None where none was written; `path` must name no other.
-
-    Raises: UserError that says how to go on from an older one.
-    """
-    folder = config.checkpoints_dir
-    if not path:
-        return newest_valid(folder, say)
-    file = find_checkpoint(path, folder, config.root)
-    if newer := newer_than(load_checkpoint(file), folder):
-        raise UserError(
-            f"{file} is older than {newer[0].name}, and a run goes on from its newest checkpoint only. Go on from "
-            f"there under a new name, which leaves this run as it is: exp_name=NEW --resume {file}"
-        )
-    return file
-
-
-def check_same_run(
-    config: Config, hierarchy: Hierarchy, state: dict, source: str, digests: dict[str, str], is_new: bool
-) -> Config:
+def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: str, lists: dict, is_new: bool) -> Config:
     """The config of a checkpoint that a run can go on from; under a new name, if it is `is_new`.
 
-    Raises: UserError where config, tree, network or lists of photos (`digests`) differ.
+    Raises: UserError where the tree, a key that changes results, or the `lists` of photos differ; n_epochs may grow.
     """
     if state["format"] < 2:
         raise UserError(
             f"{source}: is of format 1, which can be evaluated but not gone on from; start another run from its "
             f"weights: init_from={source}"
         )
-    check_same_network(config, hierarchy, state, source)
-    check_same_tree(config, hierarchy, state, source)
-    theirs = config_from_dict(without_gone(state["config"]), f"{source}, its config")
-    check_resumable(config, theirs, source, may_differ="exp_name" if is_new else None)
-    for key, digest in digests.items():
-        if state.get(key, digest) != digest:
+    if changes := tree_changes(Hierarchy.from_dict(state["tree"], f"{source}, its tree"), hierarchy):
+        raise UserError(
+            f"{config.hierarchy_file}: the tree has changed since {source} was written ({'; '.join(changes)}). A run "
+            "that goes on must keep it: put the old tree back, or choose another exp_name"
+        )
+    theirs = config_from_dict(state["config"], f"{source}, its config", is_record=True)
+    allowed = {*RESUMABLE_CHANGES, *["exp_name"] * is_new, *["n_epochs"] * (config.n_epochs > theirs.n_epochs)}
+    changed = {key: f"{then!r} then, {now!r} now" for key, (now, then) in differences(config, theirs).items()}
+    if fatal := [f"{key}: {change}" for key, change in changed.items() if key not in allowed]:
+        raise UserError(
+            f"{source} was started with another config ({'; '.join(fatal)}). A run that goes on must keep "
+            "it (n_epochs alone may grow): give the same values, or choose another exp_name"
+        )
+    for split in lists:
+        if state.get(split, lists[split]) != lists[split]:
             raise UserError(
-                f"{config.ids_file(key.removesuffix('_ids'))} lists other photos now than when {source} was "
+                f"{config.ids_file(split.removesuffix('_ids'))} lists other photos now than when {source} was "
                 "written; put the old list back, or choose another exp_name"
             )
     return theirs
@@ -143,22 +92,22 @@ def check_same_run(
 
 def make_folders(config: Config) -> None:
     """Makes the folders of an experiment. Raises: OSError."""
-    for path in (config.checkpoints_dir, config_copy(config).parent, config.tensorboard_dir):
+    for path in (config.checkpoints_dir, config.copy_file.parent, config.tensorboard_dir):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def write_copies(config: Config, hierarchy: Hierarchy) -> None:
     """Config and tree of a run; from here on it can be resumed. Raises: OSError."""
     make_folders(config)
-    write_json(hierarchy.to_dict(), config_copy(config).with_name("hierarchy.json"))
-    save_config(config, config_copy(config))
+    write_json(hierarchy.to_dict(), config.copy_file.with_name("hierarchy.json"))
+    save_config(config, config.copy_file)
 
 
 def command(script: str, config: Config, *options: str) -> str:
     """What goes on with a run, to be typed where this process was started."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     start = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
-    return shlex.join([*start, _from_here(REPOSITORY / script), "--cfg", _from_here(config_copy(config)), *options])
+    return shlex.join([*start, _from_here(REPOSITORY / script), "--cfg", _from_here(config.copy_file), *options])
 
 
 def _from_here(path: Path) -> str:
@@ -166,26 +115,15 @@ def _from_here(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def config_copy(config: Config) -> Path:
-    return config.experiment_dir / "configs" / f"{config.exp_name}.json"
-
-
-def record_environment(folder: Path, device: torch.device, world: int) -> dict:
-    """Adds how this process was started to environment.json: one entry for each start and resume."""
-    path = folder / "environment.json"
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if not isinstance(starts, list):
-            raise ValueError
-    except ValueError:
-        print(f"warning: {path} is damaged and begun anew", file=sys.stderr)
-        starts = []
-    record = environment(device) | {"processes": world}
-    try:
-        write_json([*starts, record], path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space, or set another root_dir") from None
-    return record
+def record_environment(folder: Path, device: torch.device, world: int) -> None:
+    """Adds how this process was started to environment.json: one entry for each start and resume. Raises: OSError."""
+    path, starts = folder / "environment.json", []
+    if path.is_file():
+        try:
+            starts = read_json(path)
+        except UserError as error:
+            print(f"warning: {error}; it is begun anew", file=sys.stderr)
+    write_json([*starts, environment(device) | {"processes": world}], path)
 
 
 def environment(device: torch.device) -> dict:
@@ -225,35 +163,16 @@ def hardware(device: torch.device) -> str:
     return f"{model}, {cores()} cores"
 
 
-def cores() -> int:
-    """Cores this process may use, which on shared machines is less than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _has_results(config: Config) -> bool:
     """Whether a start of this name has left anything that a new one would destroy."""
     places = [(config.checkpoints_dir, "*.pt"), (config.tensorboard_dir, "events.out.*")]
-    return config_copy(config).exists() or any(any(folder.glob(pattern)) for folder, pattern in places)
+    return config.copy_file.exists() or any(any(folder.glob(pattern)) for folder, pattern in places)
 
 
 def _already_there(config: Config) -> str:
-    copy = config_copy(config)
-    changed = differences(config, load_config(copy)) if copy.exists() else {}
+    changed = differences(config, load_config(config.copy_file)) if config.copy_file.exists() else {}
     other = f" with another config ({', '.join(changed)} differ)" if changed else ""
     return (
         f"experiment {config.exp_name!r} exists already{other} in {config.experiment_dir}. Go on with it: --resume; "
         "keep it and start another: exp_name=NEW_NAME; start anew and move it aside: --overwrite"
     )
-
-
-def _not_writable(config: Config, error: OSError) -> UserError:
-    place = error.filename or config.experiment_dir
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return UserError(f"{place}: a file is where a folder is to be made; move it, or choose another exp_name")
-    return UserError(f"{place}: cannot be written ({error.strerror}); set root_dir to a folder you may write to")
-
-
-def _move_aside(config: Config) -> None:
-    """Renames the experiment's two folders to names that are free. Raises: OSError."""
-    for aside in set_aside(config.experiment_dir, config.tensorboard_dir):
-        print(f"moved {aside.name.partition('.old-')[0]} to {aside}")

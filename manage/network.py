@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.config import Config, config_from_dict, without_gone
+from configs.config import Config, config_from_dict
 from manage.checkpoint import DamagedCheckpoint, load_checkpoint
 from models.hseg import HSEG
 from utils.errors import UserError
@@ -15,40 +15,19 @@ from utils.hierarchy import Hierarchy
 
 
 def load_hierarchy(config: Config) -> Hierarchy:
-    """The tree a config names, checked against what else the config says of it."""
+    """The tree a config names. Raises: UserError when n_classes or monitor do not fit it."""
     hierarchy = Hierarchy.load(config.hierarchy_file)
-    check_fits(config, hierarchy)
-    return hierarchy
-
-
-def check_fits(config: Config, hierarchy: Hierarchy) -> None:
-    """Raises: UserError when n_classes, monitor or root_bias do not fit the tree."""
     if config.n_classes is not None and config.n_classes != hierarchy.num_nodes:
         raise UserError(
             f"key 'n_classes': {config.n_classes}, but the tree {hierarchy.name!r} ({config.hierarchy}) has "
             f"{hierarchy.num_nodes} nodes; correct it, or leave it out: it is derived from the tree"
         )
-    monitored, possible = config.monitor.split()[1], score_names(hierarchy)
+    monitored, levels = config.monitor.split()[1], range(1, hierarchy.num_levels + 1)
+    possible = [f"mIoU{level}{end}" for level in levels for end in ("", "_with_background")]
+    possible += ["pixel_accuracy", "violation_rate", "loss_val"]
     if monitored not in possible:
         raise UserError(f"key 'monitor': {monitored!r} is not a score; expected one of {', '.join(possible)}")
-    roots = [hierarchy.names[root] for root in hierarchy.roots]
-    for name in config.root_bias:
-        if name not in roots:
-            raise UserError(f"key 'root_bias': {name!r} is not a root of the tree; its roots are {', '.join(roots)}")
-
-
-def score_names(hierarchy: Hierarchy) -> list[str]:
-    """The scores that can be monitored."""
-    levels = range(1, hierarchy.num_levels + 1)
-    names = [f"mIoU{level}{end}" for level in levels for end in ("", "_with_background")]
-    return [*names, "pixel_accuracy", "violation_rate", "loss_val"]
-
-
-def root_bias(config: Config, hierarchy: Hierarchy) -> list[float] | None:
-    """One offset for each root, in the tree's order; None without any."""
-    if not config.root_bias:
-        return None
-    return [config.root_bias.get(hierarchy.names[root], 0.0) for root in hierarchy.roots]
+    return hierarchy
 
 
 def build_network(config: Config, hierarchy: Hierarchy, pixel_counts: Sequence[int] | None = None) -> HSEG:
@@ -58,7 +37,9 @@ def build_network(config: Config, hierarchy: Hierarchy, pixel_counts: Sequence[i
     """
     network = _assemble(config, hierarchy)
     if config.prior_bias and pixel_counts is not None:
-        network.segmentation_head.start_at(prior_logits(pixel_counts, hierarchy))
+        counts = torch.tensor(pixel_counts, dtype=torch.float64)
+        shares = counts / counts[list(hierarchy.roots)].sum().clamp(min=1)
+        network.segmentation_head.start_at(shares.clamp(1e-4, 1 - 1e-4).logit().float())
     return network
 
 
@@ -116,13 +97,6 @@ def _assemble(config: Config, hierarchy: Hierarchy, subpixel: bool = False) -> H
         raise UserError(f"key 'encoder': {error}") from None
 
 
-def prior_logits(pixel_counts: Sequence[int], hierarchy: Hierarchy) -> Tensor:
-    """The logit of each node's share of the pixels."""
-    counts = torch.tensor(pixel_counts, dtype=torch.float64)
-    total = counts[list(hierarchy.roots)].sum().clamp(min=1)
-    return (counts / total).clamp(1e-4, 1 - 1e-4).logit().float()
-
-
 def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
     """What a checkpoint was trained with, and its network with the weights to use (the averaged ones, if any).
 
@@ -132,7 +106,7 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
         saved, tree, weights = state["config"], state["tree"], state["ema"] or state["model"]
     except KeyError as error:
         raise DamagedCheckpoint(f"{source}: lacks {error}; expected a checkpoint written by train.py") from None
-    config = config_from_dict(without_gone(saved, any_value=True), f"{source}, its config")
+    config = config_from_dict(saved, f"{source}, its config", is_record=True)
     hierarchy = Hierarchy.from_dict(tree, f"{source}, its tree")
     last = weights.get("decoder.last.block.0.weight") if isinstance(weights, dict) else None
     network = _assemble(config, hierarchy, subpixel=isinstance(last, Tensor) and last.shape[-1] == 1)
@@ -175,27 +149,15 @@ def check_same_network(config: Config, hierarchy: Hierarchy, state: dict, source
             )
 
 
-def check_same_tree(config: Config, hierarchy: Hierarchy, state: dict, source: str) -> None:
-    """After `check_same_network`: raises UserError where the trees differ in what the fingerprint leaves out.
-
-    Colours may differ; the scores do not depend on them.
-    """
-    changed = tree_changes(Hierarchy.from_dict(state["tree"], f"{source}, its tree"), hierarchy)
-    if changed:
-        raise UserError(
-            f"{config.hierarchy_file}: the tree has changed since {source} was written ({'; '.join(changed)}). A run "
-            "that goes on must keep it: put the old tree back, or choose another exp_name"
-        )
-
-
 def tree_changes(theirs: Hierarchy, ours: Hierarchy) -> list[str]:
-    """In what two trees of one fingerprint differ, beside colours."""
-    then, now = _beside_fingerprint(theirs), _beside_fingerprint(ours)
-    return [f"{key!r} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
+    """In what two trees differ, beside colours: no score depends on these."""
+    then, now = _beside_nodes(theirs), _beside_nodes(ours)
+    changes = [f"{key!r} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
+    return changes + ["its nodes"] * (theirs.fingerprint != ours.fingerprint)
 
 
-def _beside_fingerprint(hierarchy: Hierarchy) -> dict:
-    """What a tree says beyond ids, names, parents and colours of its nodes."""
+def _beside_nodes(hierarchy: Hierarchy) -> dict:
+    """What a tree says beyond ids, names and parents of its nodes."""
     return {
         "name": hierarchy.name,
         "ignore_index": hierarchy.ignore_index,

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,40 +15,33 @@ from torch import Tensor
 
 from configs.config import Config
 from manage import distributed
-from manage.checkpoint import DamagedCheckpoint, find_checkpoint, keep_newest, load_checkpoint, pack
-from manage.curves import Curves
-from manage.data import Tolerance, check_data, read_split, samples_of, train_loader, val_loader
+from manage.checkpoint import DamagedCheckpoint, find_checkpoint, keep_newest, load_checkpoint, newest_valid, pack
+from manage.data import Tolerance, check_data, read_split, train_loader, val_loader
 from manage.evaluation_manager import Validation, validate
 from manage.experiment import (
     check_same_run,
-    checkpoint_to_resume,
     command,
-    config_copy,
     create_experiment,
     open_experiment,
     record_environment,
     write_copies,
 )
 from manage.faults import one_line
-from manage.learner import Learner
+from manage.learner import Learner, Step, seed_everything
 from manage.network import load_hierarchy
+from manage.predictor import Decoding
 from manage.training_report import TrainingReport, bar, say
-from manage.training_state import (
-    LATE_STEPS,
-    LateSteps,
-    Step,
-    random_state,
-    seed_everything,
-    set_random_state,
-)
 from utils.dataset import Sample
 from utils.errors import UserError
 from utils.files import write_whole
+from utils.locks import Lock
 from utils.schedules import lr_factor
 from utils.store import keep_photos
 
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
+LATE_STEPS = 4  # so many steps later the numbers of a step are read: nothing waits for the device
 STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]  # save, and end
+PROGRESS = ("epoch", "batch", "step", "loss_sum", "loss_steps", "best", "best_epoch", "seconds")  # kept in checkpoints
 
 
 class Interrupted(Exception):
@@ -62,22 +56,22 @@ class TrainManager:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.device = distributed.choose_device(config.device)
-        self.world = distributed.world()
+        self.device, self.world = distributed.choose_device(config.device), distributed.world()
+        rank, world = distributed.rank(), self.world
         self.hierarchy = load_hierarchy(config)
-        self.encoding = check_data(config, self.hierarchy)
+        Decoding.of(config).biases(self.hierarchy)  # which can refuse them
+        encoding = check_data(config, self.hierarchy)
         seed_everything(config)
-        self.loader, self.batches = train_loader(config, self.hierarchy, distributed.rank(), self.world, self.device)
+        self.loader, self.batches = train_loader(config, self.hierarchy, rank, world, self.device)
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
-        self.val_loader = val_loader(config, self.hierarchy, self.val_ids, distributed.rank(), self.world, self.device)
-        self.kept_photos = keep_photos(
-            {"train": self.loader.store, "val": self.val_loader.store}, config.cache, self.device
-        )
+        self.val_loader = val_loader(config, self.hierarchy, self.val_ids, rank, world, self.device)
+        stores = {"train": self.loader.store, "val": self.val_loader.store}
+        self.kept_photos = keep_photos(stores, config.cache, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
-        self.learner = Learner(config, self.hierarchy, self.encoding, self.device)
-        self.loader.views.show_outside(self.learner.network.input_mean)
+        self.learner = Learner(config, self.hierarchy, encoding, self.device)
         self.learner.check_batch(self.batches.batch_size)
+        self.loader.views.show_outside(self.learner.network.input_mean)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
         self.loss_steps, self.seconds = 0, 0.0
@@ -85,147 +79,18 @@ class TrainManager:
         self.best_epoch: int | None = None
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
         self.val_tolerance = Tolerance(config.skip_unreadable, self.val_ids)
-        self.late, self.newest_loss = LateSteps(), "-"  # as it is shown
+        self.late, self.newest_loss = deque[Step](), "-"  # steps on their way from the device; as it is shown
         self.is_whole = True  # between two steps, all of them finite as far as is known
         self.signal: int | None = None  # what this process was told
         self.stopped_by: int | None = None  # what one of all processes was told, once all know
-        self.lock, self.report = None, TrainingReport(config, self.hierarchy, self.device)
+        self.lock, self.report = Lock(config.experiment_dir), TrainingReport(config, self.hierarchy, self.device)
 
     # --- opening ---
-    def _open(self, resume: str | None, overwrite: bool, take_over: bool) -> None:
-        """The experiment's folder: a new one, or the one to resume; and the state to start from."""
-        config = self.config
-        is_there = distributed.agree(config_copy(config).is_file())
-        if resume == "auto":
-            resume = "" if is_there else None
-        try:
-            if resume is None or (resume and not is_there):
-                if resume:
-                    self._take_over_state(find_checkpoint(resume, config.checkpoints_dir, config.root), is_new=True)
-                else:
-                    self.learner.start()
-                self.lock = distributed.on_main_only(create_experiment, config, overwrite, take_over)
-                if resume and not self.save("last"):  # first: a folder with a config is resumed from what it holds
-                    raise UserError(f"{config.checkpoints_dir}: the state taken over could not be written; free space")
-                distributed.on_main_only(write_copies, config, self.hierarchy)
-            else:
-                self.lock = distributed.on_main_only(open_experiment, config, take_over)
-                file = distributed.gather(distributed.on_main_only(checkpoint_to_resume, config, resume, say))[0]
-                if file is None:
-                    say("no checkpoint was written before the run ended; it starts from the beginning")
-                    self.learner.start()
-                else:
-                    self._take_over_state(file, is_new=False)
-            if not (config.checkpoints_dir / "best.pt").is_file():
-                self.best = None  # none is better than what is on disk
-            if distributed.is_main():
-                record_environment(config.experiment_dir, self.device, self.world)
-                self.report.curves = Curves(config, self.step, self.epoch)
-        except OSError as error:
-            raise UserError(f"{error.filename or config.root}: cannot be written ({error.strerror})") from None
-
-    def _take_over_state(self, file: Path, is_new: bool) -> None:
-        """Raises: UserError where the checkpoint is of another config, tree, network or list of photos."""
-        config, state, source = self.config, load_checkpoint(file), str(file)
-        theirs = check_same_run(config, self.hierarchy, state, source, self._digests(), is_new)
-        try:
-            self.load_state(state, source)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); use another one") from None
-        if state["world"] != self.world:
-            say(
-                f"{state['world']} processes before, {self.world} now: a step takes "
-                f"{self.world * self.batches.batch_size * config.accumulate} photos from here on"
-            )
-        if config.n_epochs > theirs.n_epochs:
-            say(
-                f"n_epochs {theirs.n_epochs} -> {config.n_epochs}: the {config.schedule} schedule is spread over all; "
-                f"lr goes on at {self._lr():.3g}, where it stood at {self._lr(theirs.n_epochs):.3g}"
-            )
-        done = f"epoch {self.epoch + 1}, batch {self.batch + 1}" if self.epoch < config.n_epochs else "its end"
-        say(f"resumed from {source} at {done}")
-
-    # --- state ---
-    def state(self) -> dict:
-        """All that evaluation, prediction and an exact resume need; plain values and tensors."""
-        return {
-            **self.learner.state(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "loss_sum": self.loss_sum,
-            "loss_steps": self.loss_steps,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "faults": [self.tolerance.faults, self.val_tolerance.faults],
-            "seconds": self.seconds,
-            "world": self.world,
-            "random": random_state(self.device),
-            "config": self.config.to_dict(),
-            "tree": self.hierarchy.to_dict(),
-            **self._digests(),
-            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
-        }
-
-    def _digests(self) -> dict[str, str]:
-        """What tells whether the lists of photos are still the same."""
-        lists = {"train_ids": self.train_ids, "val_ids": self.val_ids}
-        return {key: hashlib.sha256("\n".join(ids).encode()).hexdigest() for key, ids in lists.items()}
-
-    def load_state(self, state: dict, source: str) -> None:
-        if not all(type(state[key]) is int for key in ("epoch", "batch", "step", "world")):
-            raise DamagedCheckpoint(f"{source}: holds no whole numbers of epoch and step; use another checkpoint")
-        self.learner.load_state(state, source)
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        if state["world"] != self.world:  # batches are counted in another unit: begin that epoch at a whole step
-            done = self.batch * state["world"] // self.world
-            self.batch = min(done // self.config.accumulate * self.config.accumulate, self.batches.n_batches)
-            self.step = self.epoch * self.steps_per_epoch + self.batch // self.config.accumulate
-        self.loss_sum.copy_(state["loss_sum"])
-        self.loss_steps = int(state.get("loss_steps", state["batch"] // self.config.accumulate))  # older ones lack it
-        self.best, self.best_epoch, self.seconds = state["best"], state.get("best_epoch"), state["seconds"]
-        self.tolerance.faults, self.val_tolerance.faults = map(dict, state["faults"])
-        set_random_state(state["random"], self.device)
-
-    def save(self, *names: str) -> list[str]:
-        """Writes one state under each name; returns those that the disk took, and says so when it is not all.
-
-        `last` comes last: where it stands, the others of its moment do too, and a resume misses none of them.
-        Raises: UserError when a step up to here was not finite.
-        """
-        self._read_steps(late=0)
-        self.report.curves.flush()
-        if not distributed.is_main():
-            return list(names)
-        folder, written = self.config.checkpoints_dir, []
-        try:
-            if not folder.is_dir():
-                say(f"warning: {folder} has vanished; it is made anew")
-                write_copies(self.config, self.hierarchy)
-            data = pack(self.state())
-            for name in names:
-                write_whole(data, folder / f"{name}.pt", folder / "previous.pt" if name == "last" else None)
-                written.append(name)
-            keep_newest(folder, self.config.keep)
-        except (OSError, UserError) as error:
-            reason = getattr(error, "strerror", None) or error
-            say(f"warning: no checkpoint could be written in {folder} ({reason}); the older ones stand")
-        return written
-
-    def _nothing_to_do(self) -> int:
-        config = self.config
-        if distributed.is_main() and not (config.checkpoints_dir / "last.pt").is_file():  # it was damaged
-            self.save("last")
-        say(f"experiment {config.exp_name!r} is finished ({config.n_epochs} epochs); for more, give a larger n_epochs")
-        return 0
-
-    # --- running ---
     def run(self, resume: str | None = None, overwrite: bool = False, take_over: bool = False) -> int:
         """Trains to the last epoch; returns the exit status (128 + the signal's number when interrupted).
 
-        `resume`: None starts; "" goes on from the newest checkpoint, "auto" too where there is one, else it starts;
-        a path goes on from that file, under a new exp_name or if it is the newest.
+        `resume`: None starts; "" goes on from the newest checkpoint, "auto" too where there is an experiment; a path
+        starts a new experiment from that file.
         """
         handlers = {}
         try:
@@ -241,10 +106,71 @@ class TrainManager:
             self.report.plan(photos, self.batches.batch_size, self.steps_per_epoch, self.warmup_epochs)
             return self._train()
         finally:
-            self._close()
+            self.report.close()
+            self.lock.release()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    def _open(self, resume: str | None, overwrite: bool, take_over: bool) -> None:
+        """The experiment's folder: a new one, or the one to resume; and the state to start from."""
+        config, source = self.config, None
+        if resume == "auto":
+            resume = "" if distributed.on_main_only(config.copy_file.is_file) else None
+        is_new = resume != ""
+        if not is_new:
+            distributed.on_main_only(open_experiment, config, self.lock, take_over)
+            source = distributed.on_main_only(newest_valid, config.checkpoints_dir, say)
+            if source is None:
+                say("no checkpoint was written before the run ended; it starts from the beginning")
+        elif resume is not None:
+            source = find_checkpoint(resume, config.checkpoints_dir, config.root)
+        if source is None:
+            self.learner.start()
+        else:
+            self._go_on_from(source, is_new)
+        if is_new:
+            distributed.on_main_only(create_experiment, config, self.lock, overwrite, take_over)
+        if not (config.checkpoints_dir / "best.pt").is_file():
+            self.best = None  # none is better than what is on disk
+        if is_new and source and not self.save("last"):  # first: a folder with a config is resumed from what it holds
+            raise UserError(f"{config.checkpoints_dir}: the state taken over could not be written; free space")
+        distributed.on_main_only(write_copies, config, self.hierarchy)
+        distributed.on_main_only(record_environment, config.experiment_dir, self.device, self.world)
+        distributed.on_main_only(self.report.open, self.step, self.epoch)
+
+    def _go_on_from(self, file: Path, is_new: bool) -> None:
+        """Takes over a checkpoint's state.
+
+        Raises: UserError where it is damaged, or of another config, tree, network or list of photos.
+        """
+        config, state, source = self.config, load_checkpoint(file), str(file)
+        theirs = check_same_run(config, self.hierarchy, state, source, self._lists(), is_new)
+        try:
+            self.load_state(state, source)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); use another one") from None
+        if state["world"] != self.world:
+            say(
+                f"{state['world']} processes before, {self.world} now: a step takes "
+                f"{self.world * self.batches.batch_size * config.accumulate} photos from here on"
+            )
+        if config.n_epochs > theirs.n_epochs:
+            say(
+                f"n_epochs {theirs.n_epochs} -> {config.n_epochs}: the {config.schedule} schedule is spread over all; "
+                f"lr goes on at {self._lr():.3g}"
+            )
+        done = f"epoch {self.epoch + 1}, batch {self.batch + 1}" if self.epoch < config.n_epochs else "its end"
+        say(f"resumed from {source} at {done}")
+
+    def _nothing_to_do(self) -> int:
+        config = self.config
+        if distributed.is_main() and not (config.checkpoints_dir / "last.pt").is_file():  # it was damaged
+            self.save("last")
+        say(f"experiment {config.exp_name!r} is finished ({config.n_epochs} epochs); for more, give a larger n_epochs")
+        return 0
+
+    # --- running ---
     def _train(self) -> int:
         self.report.start_clock(self.epoch + self.batch / self.batches.n_batches)
         try:
@@ -263,23 +189,11 @@ class TrainManager:
         self.report.end(self.best, self.best_epoch)
         return 0
 
-    def _last_words(self, error: Exception) -> str:
-        """What ended the run, once what is whole has been saved."""
-        config = self.config
-        text = one_line(error, config, f"step {self.step + 1} (epoch {self.epoch + 1})", config.experiment_dir)
-        if self.world > 1 or not self.is_whole or self.epoch >= config.n_epochs:
-            return text
-        try:
-            saved = self.save("last")
-        except UserError as worse:
-            return str(worse)
-        resume = command("train.py", config, "--resume")
-        return f"{text}. All steps before it are saved; go on with: {resume}" if saved else text
-
     def _train_epoch(self) -> None:
         config = self.config
         self.batches.start_at(self.epoch, self.batch)
-        self.set_train_mode()
+        torch.backends.cudnn.benchmark = not config.deterministic  # all crops have one size
+        self.learner.set_train_mode(self._is_frozen())
         last_save = counted = began = time.monotonic()
         seen = 0
         shown = bar(self.batches.n_batches, self.batch, f"epoch {self.epoch + 1}/{config.n_epochs}")
@@ -308,7 +222,7 @@ class TrainManager:
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.config.accumulate)):
             for batch in group:
-                for index, fault in samples_of(batch):
+                for index, fault in zip(batch.index.tolist(), batch.fault, strict=True):
                     self.tolerance.check(index, fault)
             yield group
 
@@ -318,19 +232,20 @@ class TrainManager:
         values = self.learner.step(group, lr, self._is_frozen())
         self.loss_sum += values[0]
         self.loss_steps += 1
-        self.late.put(self.step + 1, lr, [batch.index for batch in group], values)
+        self.late.append(Step(self.step + 1, lr, [batch.index for batch in group], values))
         return values[0]
 
     def _read_steps(self, late: int = LATE_STEPS) -> None:
         """Draws the steps whose numbers are there. Raises: UserError at one that is not finite."""
-        for step in self.late.take(late):
-            loss, norm, _ = step.read()
-            if not step.is_fine():
+        while len(self.late) > late:
+            step = self.late.popleft()
+            loss, norm, is_finite = step.read()
+            if not is_finite:
                 self.is_whole = False
                 raise UserError(self._not_finite(step, loss, norm))
             self.newest_loss = f"{loss:.3f}"
             if step.number % self.config.log_every == 0:
-                self.report.curves.scalars({"loss": loss, "lr": step.lr}, step.number)
+                self.report.scalars({"loss": loss, "lr": step.lr}, step.number)
 
     def _not_finite(self, step: Step, loss: float, norm: float) -> str:
         """All processes come here for the same step: loss and gradient are of all."""
@@ -353,7 +268,8 @@ class TrainManager:
         if is_last or number % config.val_every == 0:
             result = self._validate()
             record |= result.scores
-            is_best = self._is_best(result.scores, number)
+            if is_best := self._is_best(result.scores):
+                self.best, self.best_epoch = result.scores[config.monitor.split()[1]], number
         record["train_seconds"] = self.seconds
         self.report.epoch(record, result)
         self.epoch, self.batch = number, 0
@@ -373,39 +289,95 @@ class TrainManager:
         network = self.learner.scored
         distributed.copy_from_main(network.buffers())  # each process has counted its own BatchNorm statistics
         torch.backends.cudnn.benchmark = False  # photos differ in size
-        return validate(
-            network,
-            self.val_loader,
-            self.hierarchy,
-            self.config,
-            self.learner.criterion,
-            self.val_tolerance,
-            bar(len(self.val_loader), 0, "validation"),
-            between=self._stop_if_asked,
-        )
+        shown = bar(len(self.val_loader), 0, "validation")
+        parts = (self.hierarchy, self.config, self.learner.criterion, self.val_tolerance)
+        return validate(network, self.val_loader, *parts, shown, between=self._stop_if_asked)
 
-    def _is_best(self, scores: dict, epoch: int) -> bool:
+    def _is_best(self, scores: dict) -> bool:
         direction, name = self.config.monitor.split()
         value = scores[name]
         if value is None or not math.isfinite(value):
             return False
-        is_best = self.best is None or (value > self.best if direction == "max" else value < self.best)
-        if is_best:
-            self.best, self.best_epoch = value, epoch
-        return is_best
+        return self.best is None or (value > self.best if direction == "max" else value < self.best)
 
-    # --- small things ---
-    def _lr(self, n_epochs: int | None = None) -> float:
+    def _lr(self) -> float:
         config, steps = self.config, self.steps_per_epoch
-        warmup, total = self.warmup_epochs * steps, (n_epochs or config.n_epochs) * steps
+        warmup, total = self.warmup_epochs * steps, config.n_epochs * steps
         return config.lr * lr_factor(config.schedule, self.step, total, warmup, config.poly_power)
-
-    def set_train_mode(self) -> None:
-        torch.backends.cudnn.benchmark = not self.config.deterministic  # all crops have one size
-        self.learner.set_train_mode(self._is_frozen())
 
     def _is_frozen(self) -> bool:
         return self.epoch < self.config.freeze_encoder_epochs
+
+    # --- saving ---
+    def save(self, *names: str) -> list[str]:
+        """Writes one state under each name; returns those that the disk took, and says so when it is not all.
+
+        `last` comes last: where it stands, the others of its moment do too, and a resume misses none of them.
+        Raises: UserError when a step up to here was not finite.
+        """
+        self._read_steps(late=0)
+        self.report.flush()
+        if not distributed.is_main():
+            return list(names)
+        folder, written = self.config.checkpoints_dir, []
+        try:
+            if not folder.is_dir():
+                say(f"warning: {folder} has vanished; it is made anew")
+                write_copies(self.config, self.hierarchy)
+            data = pack(self.state())
+            for name in names:
+                write_whole(data, folder / f"{name}.pt", folder / "previous.pt" if name == "last" else None)
+                written.append(name)
+            keep_newest(folder, self.config.keep)
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", None) or error
+            say(f"warning: no checkpoint could be written in {folder} ({reason}); the older ones stand")
+        return written
+
+    def state(self) -> dict:
+        """All that evaluation, prediction and an exact resume need; plain values and tensors."""
+        return {
+            **self.learner.state(),
+            **{key: getattr(self, key) for key in PROGRESS},
+            "faults": [self.tolerance.faults, self.val_tolerance.faults],
+            "world": self.world,
+            "config": self.config.to_dict(),
+            "tree": self.hierarchy.to_dict(),
+            **self._lists(),
+            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
+        }
+
+    def load_state(self, state: dict, source: str) -> None:
+        """Takes over what `state` gave. Raises: UserError, and many kinds of errors for a state that is no such."""
+        if not all(type(state[key]) is int for key in ("epoch", "batch", "step", "world")):
+            raise DamagedCheckpoint(f"{source}: holds no whole numbers of epoch and step; use another checkpoint")
+        self.learner.load_state(state, source)
+        for key in PROGRESS:
+            setattr(self, key, state[key])
+        self.loss_sum = self.loss_sum.to(self.device, torch.float64)
+        if state["world"] != self.world:  # batches are counted in another unit: begin that epoch at a whole step
+            done = self.batch * state["world"] // self.world
+            self.batch = min(done // self.config.accumulate * self.config.accumulate, self.batches.n_batches)
+            self.step = self.epoch * self.steps_per_epoch + self.batch // self.config.accumulate
+        self.tolerance.faults, self.val_tolerance.faults = map(dict, state["faults"])
+
+    def _lists(self) -> dict[str, str]:
+        """What tells whether the lists of photos are still the same."""
+        lists = {"train_ids": self.train_ids, "val_ids": self.val_ids}
+        return {key: hashlib.sha256("\n".join(ids).encode()).hexdigest() for key, ids in lists.items()}
+
+    # --- ends before the last epoch ---
+    def _last_words(self, error: Exception) -> str:
+        """What ended the run, once what is whole has been saved."""
+        text = one_line(error, self.config, f"step {self.step + 1} (epoch {self.epoch + 1})")
+        if self.world > 1 or not self.is_whole or self.epoch >= self.config.n_epochs:
+            return text
+        try:
+            saved = self.save("last")
+        except UserError as worse:
+            return str(worse)
+        resume = command("train.py", self.config, "--resume")
+        return f"{text}. All steps before it are saved; go on with: {resume}" if saved else text
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.signal is not None:  # the second one ends at once
@@ -423,8 +395,3 @@ class TrainManager:
             self.stopped_by = asked // 2  # this process's own signal may come later still
             raise Interrupted
         return asked == 1
-
-    def _close(self) -> None:
-        self.report.curves.close()
-        if self.lock is not None:
-            self.lock.release()

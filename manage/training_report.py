@@ -1,21 +1,28 @@
-"""What a training says and draws: its plan, a line an epoch, curves and pictures, and its last line."""
+"""What a training says and draws: its plan, a line an epoch, TensorBoard, metrics.jsonl, and its last line."""
 
+import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as summarise_hparams
 from tqdm import tqdm
 
-from configs.config import Config
+from configs.config import Config, differences
 from manage import distributed
-from manage.curves import Curves
 from manage.evaluation_manager import Validation
 from manage.experiment import command
 from manage.inference import chosen_amp
-from manage.training_state import peak_memory
 from utils.cli import duration, progress
+from utils.files import write_whole
 from utils.hierarchy import Hierarchy
+
+LAYOUT = {"training": {"loss": ["Multiline", ["loss_train", "loss_val"]], "mIoU": ["Multiline", [r"^mIoU\d+$"]]}}
+FIRST = ("criterion", "decode", "encoder", "lr", "seed")  # in the table of HParams
+PLACES = {"exp_name", "root_dir", "root_data_dir", "device", "num_workers"}  # say nothing there
 
 
 def say(text: str) -> None:
@@ -30,22 +37,43 @@ def bar(total: int, initial: int, name: str) -> tqdm:
 
 
 class TrainingReport:
-    """Says and draws for one training; scores are in percent on screen and in TensorBoard."""
+    """Says and draws for one training; scores are in percent on screen and in TensorBoard.
+
+    It writes nothing where it is not opened. A full or vanished disk silences the curves with a line; it does not end
+    a training.
+    """
 
     def __init__(self, config: Config, hierarchy: Hierarchy, device: torch.device) -> None:
         self.config, self.hierarchy, self.device = config, hierarchy, device
-        self.curves, self.is_warned = Curves(), False
+        self.writer, self.is_silent, self.is_warned = None, False, False
+        self.file, self.lines = config.experiment_dir / "metrics.jsonl", []
         self.start_clock(0.0)
+
+    def open(self, step: int, epoch: int) -> None:
+        """Goes on after a step and an epoch; hides what an earlier process drew beyond. Raises: OSError."""
+        if self.file.is_file():
+            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+            self.lines = [line for line in lines if _epoch_of(line) <= epoch]
+        self.writer = SummaryWriter(str(self.config.tensorboard_dir), purge_step=step + 1)
+        self._try("add_custom_scalars", LAYOUT)
+
+    def flush(self) -> None:
+        """Before a checkpoint: what it stands for must not be lost after it."""
+        self._try("flush")
+
+    def close(self) -> None:
+        self._try("close")
 
     def start_clock(self, epochs_done: float) -> None:
         self.began, self.begun_at = time.monotonic(), epochs_done
 
     def plan(self, photos: tuple[int, int], batch_size: int, steps: int, warmup_epochs: float) -> None:
         config, world = self.config, distributed.world()
-        if batch_size < config.batch_size:
-            say(f"batch_size {config.batch_size} is more than the photos for one step; {batch_size} is used")
-        if warmup_epochs < config.warmup_epochs:
-            say(f"warmup_epochs {config.warmup_epochs:g} fills the run; {warmup_epochs:g} is used")
+        used = {"batch_size": batch_size, "warmup_epochs": warmup_epochs}
+        used |= {key: min(getattr(config, key), config.n_epochs) for key in ("val_every", "save_epoch")}
+        for key, value in used.items():
+            if value < getattr(config, key):
+                say(f"{key} {getattr(config, key):g} is more than this run has room for; {value:g} is used")
         amp = chosen_amp(self.device, config.amp)
         say(
             f"experiment {config.exp_name!r}: {photos[0]} train and {photos[1]} val photos, {config.n_epochs} epochs "
@@ -55,21 +83,28 @@ class TrainingReport:
         if config.compile:
             say("compiling takes a minute or two before the first step")
 
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._try("add_scalar", name, value, step)
+
     def epoch(self, record: dict, result: Validation | None) -> None:
         """One epoch: its curves, its line of metrics.jsonl, its line on screen."""
-        number = record["epoch"]
+        number, config = record["epoch"], self.config
         if result is not None:
             self._draw(result, number)
         curves = self._epoch_curves(record)
-        self.curves.scalars(curves, number)
-        self.curves.line(record)
+        self.scalars(curves, number)
+        self.lines.append(json.dumps(record))
+        self._try(write_whole, "\n".join(self.lines) + "\n", self.file)
         scores = [_score(name.removeprefix("val/"), value) for name, value in curves.items() if "train/" not in name]
-        left = self.config.n_epochs - number
+        left = config.n_epochs - number
         seconds = (time.monotonic() - self.began) / max(1e-9, number - self.begun_at) * left
         end = [f"{record['photos_per_second']:.1f} photos/s", *[f"{duration(seconds)} left"] * bool(left)]
-        say("  ".join([f"epoch {number}/{self.config.n_epochs}", *scores, *end]))
-        if not left:
-            self.curves.hparams(self.config, [name for name in curves if "/" not in name])
+        say("  ".join([f"epoch {number}/{config.n_epochs}", *scores, *end]))
+        if not left and self.writer is not None:
+            plain = {k: v if type(v) in (int, float, str) else str(v) for k, v in what_tells_apart(config).items()}
+            for summary in summarise_hparams(plain, {name: 0.0 for name in curves if "/" not in name}):
+                self._try(self.writer.file_writer.add_summary, summary)
 
     def end(self, best: float | None, epoch: int | None) -> None:
         config = self.config
@@ -99,16 +134,17 @@ class TrainingReport:
             elif metric in self.config.metrics:
                 curves[key if "mIoU" in metric else f"val/{key}"] = 100 * value
         curves["train/photos_per_second"] = record["photos_per_second"]
-        curves["train/memory_GiB"] = peak_memory(self.device) / 2**30
+        if self.device.type == "cuda":
+            curves["train/memory_GiB"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return curves
 
     def _draw(self, result: Validation, epoch: int) -> None:
-        for name, picture in result.pictures.items():
-            self.curves.picture(f"val_pictures/{name}", picture, epoch)
-        per_class = {f"val_IoU_level{lv}/{name}": 100 * v for lv, name, v in result.per_class if v is not None}
-        self.curves.scalars(per_class, epoch)
+        pictures = {f"val_pictures/{name}": picture for name, picture in result.pictures.items()}
         for level, (name, picture) in enumerate(result.confusion_pictures.items(), start=1):
-            self.curves.picture(f"val_confusion/level{level}_{name}", picture, epoch)
+            pictures[f"val_confusion/level{level}_{name}"] = picture
+        for name, picture in pictures.items():
+            self._try("add_image", name, picture, epoch, None, "HWC")
+        self.scalars({f"val_IoU_level{lv}/{n}": 100 * v for lv, n, v in result.per_class if v is not None}, epoch)
         background = {self.hierarchy.names[v] for v in self.hierarchy.background}
         parts = [value for level, name, value in result.per_class if level == 1 and name not in background]
         if background and not any(parts) and not (self.is_warned and epoch < self.config.n_epochs):
@@ -118,6 +154,35 @@ class TrainingReport:
                 "too high or too low (sgd 0.01, adam and adamw 0.001); masks of another class order (look at "
                 "val_pictures in TensorBoard)"
             )
+
+    def _try(self, action: str | Callable, *arguments) -> None:
+        """A method of TensorBoard's writer by name, or a function."""
+        if self.writer is None:
+            return
+        try:
+            (getattr(self.writer, action) if isinstance(action, str) else action)(*arguments)
+        except OSError as error:
+            if not self.is_silent:
+                print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
+            self.is_silent = True
+
+
+def what_tells_apart(config: Config) -> dict:
+    """What the table of HParams shows of a config: five keys always, and those that differ from the defaults.
+
+    TensorBoard sorts by name and shows five columns at first, so these five begin with a space.
+    """
+    values, changed = config.to_dict(), differences(config, Config())
+    others = {key: values[key] for key in changed if key not in PLACES and key not in FIRST}
+    return {f" {key}": values[key] for key in FIRST} | others
+
+
+def _epoch_of(line: str) -> float:
+    """Beyond all where the line is torn."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _score(name: str, value: float) -> str:

@@ -301,14 +301,3 @@ def test_a_folder_that_becomes_read_only_keeps_what_there_was(waiting, folder, r
     assert child.wait() == 2, child.output
     assert "Read-only file system); the older ones stand" in child.output
     assert load_checkpoint(folder / "last.pt")["epoch"] == 1
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_config_is_not_gone_on_from(train, folder, tmp_path):
-    assert train(n_epochs=1)[0] == 0
-    shutil.copy(folder / "last.pt", tmp_path / "other.pt")
-    assert train(n_epochs=1, exp_name="second", lr=0.5)[0] == 0
-    status, output = train("--resume", str(tmp_path / "other.pt"), n_epochs=1, exp_name="second", lr=0.5)
-    assert status == 2
-    assert "other.pt was started with another config" in output
-    assert "lr: 0.01 then, 0.5 now" in output

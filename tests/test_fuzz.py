@@ -262,7 +262,7 @@ class Workshop:
         state = load_checkpoint(path)
         check_same_network(self.manager.config, self.hierarchy, state, str(path))
         restore_network(state, str(path))
-        self.manager._take_over_state(path, is_new=False)
+        self.manager._go_on_from(path, is_new=False)
 
 
 def use_tree(h: Hierarchy) -> None:

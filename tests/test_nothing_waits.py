@@ -81,7 +81,7 @@ def test_ten_steps_ask_for_no_value(tmp_path, monkeypatch, device, keys):
             manager._read_steps()
             manager._stop_if_asked()
     assert not asked.counts
-    assert len(manager.late.waiting) == 4, "the last steps are still on their way"
+    assert len(manager.late) == 4, "the last steps are still on their way"
 
 
 def test_a_question_is_counted():

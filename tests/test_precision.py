@@ -33,7 +33,7 @@ def manager(tmp_path, data, **keys) -> TrainManager:
         "freeze_batchnorm": True,
     }
     made = TrainManager(config_from_dict(values | keys, "the test"))
-    made.set_train_mode()
+    made.learner.set_train_mode(is_frozen=False)
     return made
 
 
@@ -41,15 +41,7 @@ def manager(tmp_path, data, **keys) -> TrainManager:
 def start(tmp_path, sample_data, monkeypatch):
     """Makes managers that differ from each other in the given keys alone; all start at the same weights."""
     monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
-    made = []
-
-    def make(**keys) -> TrainManager:
-        made.append(manager(tmp_path, sample_data, **keys))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one._close()
+    return lambda **keys: manager(tmp_path, sample_data, **keys)
 
 
 def batch_of(*seeds: int) -> Sample:

@@ -13,10 +13,10 @@ import torchvision
 import models.hseg
 from configs.config import Config
 from manage.checkpoint import load_checkpoint
-from manage.curves import what_tells_apart
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.predictor import Predictor
 from manage.train_manager import TrainManager
+from manage.training_report import what_tells_apart
 from tests.factory import TINY, curves, make_data, records, run, write_config
 from tests.kill import before_step
 from tests.preloaded import SlimEncoder

@@ -34,10 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import REPOSITORY
 from manage.comparison import compare
-from manage.experiment import cores
 from tools.compare import write_report
 from tools.experiment_runs import Entry, Run, read_entries
-from utils.cli import run_main
+from utils.cli import cores, run_main
 from utils.errors import UserError
 from utils.locks import Lock
 

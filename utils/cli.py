@@ -49,6 +49,11 @@ def progress(items: Iterable | None = None, **options) -> tqdm:
     return tqdm(items, **{"mininterval": 30, "delay": 30, "bar_format": line, "file": _Lines(sys.stderr)} | options)
 
 
+def cores() -> int:
+    """Cores this process may use, which on shared machines is less than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def map_files(
     function: Callable[[Item], Result], items: Sequence[Item], what: str, workers: int | None = None
 ) -> list[Result]:
@@ -56,9 +61,7 @@ def map_files(
 
     Raises: UserError when a worker process was killed.
     """
-    # what this process may use, not what the machine has
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(items) // _WORTH_A_POOL)
+    workers = min(workers or cores(), len(items) // _WORTH_A_POOL)
     bar = {"desc": what, "unit": "file", "disable": not items}
     if workers < 2:
         return [function(item) for item in progress(items, **bar)]

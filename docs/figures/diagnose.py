@@ -25,11 +25,11 @@ import utils  # noqa: F401 - before torch
 import torch
 from torch import Tensor
 
-from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict, without_gone
+from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict
 from manage.charts import line_chart
 from manage.checkpoint import NUMBERED, load_checkpoint
 from manage.comparison import criterion_name
-from manage.data import read_split, samples_of, train_loader
+from manage.data import read_split, train_loader
 from manage.network import restore_network
 from utils.cli import progress, run_main
 from utils.dataset import Draw, mix
@@ -104,7 +104,7 @@ def find_checkpoints(names: Sequence[str]) -> list[Path]:
 
 def read_point(path: Path) -> Point:
     state = load_checkpoint(path)
-    config = config_from_dict(without_gone(state["config"], any_value=True), f"{path}, its config")
+    config = config_from_dict(state["config"], f"{path}, its config", is_record=True)
     return Point(path, config, state["epoch"], Hierarchy.from_dict(state["tree"], str(path)).fingerprint)
 
 
@@ -126,7 +126,7 @@ def read_views(points: Sequence[Point], count: int, seed: int) -> list[tuple[Ten
     batches = []
     for i in progress(range(0, len(order), BATCH), desc="photos", leave=False):
         batch = loader.batch([Draw(index, mix(seed, index)) for index in order[i : i + BATCH]])
-        for index, fault in samples_of(batch):
+        for index, fault in zip(batch.index.tolist(), batch.fault, strict=True):
             if fault:
                 raise UserError(f"photo {read_split(config, 'train')[index]!r}: {fault}")
         batches.append((batch.image, batch.labels))
