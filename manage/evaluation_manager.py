@@ -1,12 +1,13 @@
 """Evaluation: whole photos at native size, one pass, every level; scores, tables and pictures."""
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,30 +28,20 @@ from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
 from manage.experiment import environment
-from manage.inference import chosen_amp, of_one_size, photo_named, pixels_at_once, rows_of_each
-from manage.network import restore_network, tree_changes
-from manage.predictor import Decoding, how_to_feed
-from manage.tables import confusions, per_class, rules_table, summary, table, write_csv
+from manage.inference import Rows, chosen_amp, of_one_size, photo_named, pixels_at_once, rows_of_each
+from manage.network import tree_changes
+from manage.predictor import Decoding, Predictor
+from manage.tables import per_class, rules_table, summary, table, write_csv
 from utils import visualize
 from utils.cli import progress
 from utils.dataset import Sample
 from utils.errors import UserError
 from utils.files import read_json, set_aside, write_json
 from utils.hierarchy import Hierarchy
-from utils.images import read_photo, write_indexed
+from utils.images import read_photo
 from utils.metrics import LevelScores
 
 N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
-
-
-@dataclass
-class Prediction:
-    """One val photo: image (3, h, w) as it was fed, labels (H, W), and bands of logits (1, N, rows, W)."""
-
-    index: int
-    image: Tensor
-    labels: Tensor
-    bands: Iterator[tuple[slice, Tensor]]
 
 
 @dataclass
@@ -71,7 +62,7 @@ def predictions(
     how: dict[str, Any],
     bar: tqdm,
     between: Callable[[], None] = lambda: None,
-) -> Iterator[Prediction]:
+) -> Iterator[tuple[Sample, Rows]]:
     """Every readable photo of the loader, fed as `how` tells `logit_rows`; `between` is called before each photo."""
     network.eval()
     rounds = distributed.largest(len(loader))
@@ -84,8 +75,7 @@ def predictions(
                 yield sample._replace(image=sample.image.to(device), labels=sample.labels.to(device))
 
     for group in of_one_size(readable(), getattr(network, "stride", 32), pixels_at_once(device, **how)):
-        for sample, bands in zip(group, rows_of_each(network, group, **how), strict=True):
-            yield Prediction(sample.index, sample.image, sample.labels, bands)
+        yield from zip(group, rows_of_each(network, group, **how), strict=True)
     for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
         between()
 
@@ -106,34 +96,47 @@ def validate(
     loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # sum over known pixels, and their number
     pictures: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        for prediction in predictions(network, loader, device, tolerance, {"amp": config.amp}, bar, between):
-            leaves = torch.empty_like(prediction.labels)
-            with photo_named(tolerance.ids[prediction.index]):
-                for rows, logits in prediction.bands:
-                    labels = prediction.labels[None, rows]
+        for sample, bands in predictions(network, loader, device, tolerance, {"amp": config.amp}, bar, between):
+            leaves = torch.empty_like(sample.labels)
+            with photo_named(tolerance.ids[sample.index]):
+                for rows, logits in bands:
+                    labels = sample.labels[None, rows]
                     leaves[rows] = decode(logits, hierarchy)[0]
                     meter.update(leaves[None, rows], labels, logits)
                     known = (labels != hierarchy.ignore_index).sum()
                     loss_sum += torch.stack([criterion(logits, labels) * known, known])
             if len(pictures) < N_PICTURES:
-                pictures[f"{loader.files[prediction.index].photo.stem}"] = _panel(prediction, leaves, hierarchy)
+                pictures[loader.files[sample.index].photo.stem] = _sheet(sample, leaves, hierarchy)
     bar.close()
     distributed.sum_over_processes([*meter.tensors(), loss_sum])
     result = meter.compute()
     scores = summary(result) | {"loss_val": float(loss_sum[0] / loss_sum[1].clamp(min=1))}
     confusion = {
-        hierarchy.level_names[level]: visualize.confusion_picture(matrix, names)
-        for level, (names, matrix) in enumerate(confusions(result))
+        level["name"]: visualize.confusion_picture(np.array(level["confusion"]), level["classes"])
+        for level in result["levels"]
     }
     return Validation(scores, per_class(result), pictures, confusion)
 
 
-def _panel(prediction: Prediction, leaves: Tensor, hierarchy: Hierarchy) -> np.ndarray:
-    photo = prediction.image.permute(1, 2, 0).cpu().numpy()
-    return visualize.board(photo, prediction.labels.cpu().numpy(), leaves.cpu().numpy(), hierarchy)
+def _sheet(sample: Sample, leaves: Tensor, hierarchy: Hierarchy, side: int = 240) -> np.ndarray:
+    """Photo over overlay, and at each level truth over prediction."""
+    photo, truth, leaves = (x.cpu().numpy() for x in (sample.image.permute(1, 2, 0), sample.labels, leaves))
+    photo = np.array(Image.fromarray(photo).resize(leaves.shape[::-1]))
+    pictures = ((photo, truth), (visualize.overlay(photo, leaves, hierarchy), leaves))
+    rows = [[picture, *visualize.level_maps(labels, hierarchy, side)] for picture, labels in pictures]
+    titles = ["photo, overlay", *(f"{name}: truth, predicted" for name in hierarchy.level_names)]
+    return visualize.gallery(rows, titles, hierarchy, side)
 
 
 # --- evaluate.py ---
+class Counted(NamedTuple):
+    """Of one photo: a confusion matrix by each rule, the share of violated (pixel, edge) pairs, height and width."""
+
+    matrices: list[np.ndarray]
+    violations: float | None
+    size: tuple[int, int]
+
+
 @dataclass
 class EvaluationOptions:
     """The command line of evaluate.py. Decoding and views that are None are the checkpoint's own."""
@@ -174,21 +177,18 @@ class EvaluationManager:
         name = options.checkpoint or config.eval_checkpoint or "best"
         self.checkpoint = find_checkpoint(name, config.checkpoints_dir, config.root)
         self.digest = checkpoint_digest(self.checkpoint)  # first: if a training replaces it now, the two do not match
-        state = load_checkpoint(self.checkpoint)
-        self.trained_with, self.hierarchy, network = restore_network(state, str(self.checkpoint))
-        self.epoch = state["epoch"]
+        own = {key: getattr(options, key) for key in ("decode", "root_bias", "tta", "tile")}
+        self.predictor = Predictor.load(self.checkpoint, config.device, **own)
+        self.trained_with, self.hierarchy = self.predictor.config, self.predictor.hierarchy
         self._say_what_is_not_used(config)
         self.config = config = replace(config, short_side=self.trained_with.short_side)
-        self.network = network.to(self.device, memory_format=torch.channels_last)  # on a CPU a fifth faster
         check_data(config, self.hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
         self.loader = val_loader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world(), self.device)
         self.tolerance = Tolerance(config.skip_unreadable, self.ids)
-        first = Decoding.of(self.trained_with, options.decode, options.root_bias)
-        first.biases(self.hierarchy)
-        others = [Decoding(rule, {}) for rule in DECODE_RULES if rule != first.rule] if options.all_rules else []
-        self.decodings = [first, *others]
-        self.how = how_to_feed(self.trained_with, self.hierarchy, options.tta, options.tile) | {"amp": config.amp}
+        first, rules = self.predictor.decoding, DECODE_RULES if options.all_rules else ()
+        self.decodings = [first, *(Decoding(rule, {}) for rule in rules if rule != first.rule)]
+        self.how = self.predictor.how | {"amp": config.amp}
         self.folder = config.experiment_dir / "evaluation" / self._name()
         self.unfinished = self.folder.with_name(f"{self.folder.name}.unfinished")
 
@@ -213,47 +213,46 @@ class EvaluationManager:
         began = time.monotonic()
         own_rule = default_decode(self.trained_with.criterion)  # of the probabilities, whatever rule decodes
         meters = [LevelScores(self.hierarchy, self.device, own_rule) for _ in self.decodings]
-        counts: dict[int, list[np.ndarray]] = {}  # photo -> confusion matrix by rule
+        counted: dict[int, Counted] = {}
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
         with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy) as writer:
-            for prediction in predictions(self.network, self.loader, self.device, self.tolerance, self.how, bar):
-                with photo_named(self.ids[prediction.index]):
-                    counts[prediction.index] = self._score(prediction, meters, writer)
+            network = self.predictor.network
+            for sample, bands in predictions(network, self.loader, self.device, self.tolerance, self.how, bar):
+                with photo_named(self.ids[sample.index]):
+                    counted[sample.index] = self._score(sample, bands, meters, writer)
         bar.close()
         for meter in meters:
-            meter.violations.copy_(meters[0].violations)
-            meter.calibration[1:].copy_(
-                meters[0].calibration[1:]
-            )  # of the roots; that of the leaf is of the first rule
             distributed.sum_over_processes(meter.tensors())
-        counts, faults, drawn = (
+        for meter in meters[1:]:  # of no rule: violations, and the calibration of the roots
+            meter.violations, meter.calibration[1:] = meters[0].violations, meters[0].calibration[1:]
+        counted, faults = (
             {key: value for part in distributed.gather(found) for key, value in part.items()}
-            for found in (counts, self.tolerance.faults, writer.drawn)
+            for found in (counted, self.tolerance.faults)
         )
-        if len(counts) + len(faults) != len(self.ids):
-            raise RuntimeError(f"saw {len(counts)} of {len(self.ids)} photos")
+        if len(counted) + len(faults) != len(self.ids):
+            raise RuntimeError(f"saw {len(counted)} of {len(self.ids)} photos")
         results = {decoding.rule: meter.compute() for decoding, meter in zip(self.decodings, meters, strict=True)}
-        return distributed.on_main_only(self._write, results, counts, faults, drawn, time.monotonic() - began) or {}
+        return distributed.on_main_only(self._write, results, counted, faults, time.monotonic() - began) or {}
 
-    def _score(self, prediction: Prediction, meters: list[LevelScores], writer: "PictureWriter") -> list[np.ndarray]:
-        """Adds a photo to the meters; its confusion matrix by each rule."""
-        labels, matrices = prediction.labels, [0] * len(meters)
-        leaves, maps = torch.empty_like(labels), report.MapSampler(labels, self.hierarchy.ignore_index)
-        for rows, logits in prediction.bands:
+    def _score(self, sample: Sample, bands: Rows, meters: list[LevelScores], writer: "PictureWriter") -> Counted:
+        """Adds a photo to the meters, and draws it."""
+        labels, matrices = sample.labels, [0] * len(meters)
+        leaves, maps = torch.empty_like(labels), report.MapSampler(labels)
+        before = meters[0].violations.clone()
+        for rows, logits in bands:
             for i, (decoding, meter) in enumerate(zip(self.decodings, meters, strict=True)):
                 decided = decoding(logits, self.hierarchy)
-                # violations are of no rule
                 matrices[i] += meter.update(decided, labels[None, rows], None if i else logits)
                 if i == 0:
                     leaves[rows] = decided[0]
             if self.options.pictures:
                 maps.add(rows, logits[0])
         if self.options.pictures:
-            photo = prediction.image.permute(1, 2, 0).cpu().numpy()
-            if photo.shape[:2] != leaves.shape:  # drawn on what the camera took, not on what the network was fed
-                photo = self.loader.files[prediction.index].photo
-            writer.add(self.ids[prediction.index], photo, leaves.cpu().numpy(), maps.maps(leaves))
-        return [matrix.cpu().numpy() for matrix in matrices]
+            files = self.loader.files[sample.index]
+            writer.add(self.ids[sample.index], files.photo, leaves.cpu().numpy(), maps.maps(leaves))
+        violated, pixels = (meters[0].violations - before).tolist()
+        rate = violated / pairs if (pairs := pixels * len(self.hierarchy.edges)) else None
+        return Counted([matrix.cpu().numpy() for matrix in matrices], rate, tuple(labels.shape))
 
     @property
     def _is_own(self) -> bool:
@@ -261,13 +260,11 @@ class EvaluationManager:
         return self.checkpoint.parent.resolve().is_relative_to(self.config.checkpoints_dir.resolve())
 
     def _name(self) -> str:
-        """The checkpoint's name, and what makes this evaluation another one than by its own rule and views."""
-        own, first, options = Decoding.of(self.trained_with), self.decodings[0], self.options
-        names = [self.checkpoint.stem if self._is_own else f"{self.trained_with.exp_name}-{self.checkpoint.stem}"]
+        """The checkpoint's name, and what the command line says otherwise."""
+        options, stem = self.options, self.checkpoint.stem
+        names = [stem if self._is_own else f"{self.trained_with.exp_name}-{stem}"]
         names += [f"limit{options.limit}"] if options.limit is not None else []
-        names += [first.rule] if first.rule != own.rule else []
-        names += ["bias"] if options.root_bias is not None and first != own else []
-        names += [self.how["tta"]] if self.how["tta"] != self.trained_with.tta else []
+        names += filter(None, [options.decode, options.root_bias is not None and "bias", options.tta])
         names += [f"tile{options.tile}"] if options.tile is not None else []
         return "-".join(names)
 
@@ -287,19 +284,22 @@ class EvaluationManager:
                 print(f"an earlier evaluation, of other weights or options, was moved to {set_aside(self.folder)[0]}")
         self.unfinished.rename(self.folder)
 
-    def _write(self, results: dict, counts: dict, faults: dict, drawn: dict, seconds: float) -> dict:
-        first, order = self.decodings[0], sorted(counts)
-        record = {
+    def _record(self, results: dict, n_photos: int, faults: dict, seconds: float) -> dict:
+        """What scores.json holds."""
+        first = self.decodings[0]
+        return {
             "checkpoint": self.checkpoint.name if self._is_own else str(self.checkpoint.resolve()),
             "checkpoint_sha256": self.digest,
-            "epoch": self.epoch,
+            "epoch": self.predictor.epoch,
             "amp": chosen_amp(self.device, self.config.amp),  # of this evaluation; "config" is the training's
             "tta": self.how["tta"],
             "tile": self.how["tile"],
             "decode": first.rule,
             "root_bias": first.root_bias,
-            "photos": len(counts),
+            "photos": n_photos,
+            "ids_sha256": hashlib.sha256("\n".join(self.ids).encode()).hexdigest(),
             "left_out": faults,
+            "pictures": self.options.pictures,
             "seconds": round(seconds, 1),
             "scores": summary(results[first.rule]),
             "levels": results[first.rule]["levels"],
@@ -308,44 +308,44 @@ class EvaluationManager:
             "tree": self.hierarchy.to_dict(),
             "environment": environment(self.device) | {"processes": distributed.world()},
         }
+
+    def _write(self, results: dict, counted: dict[int, Counted], faults: dict, seconds: float) -> dict:
+        record, order = self._record(results, len(counted), faults, seconds), sorted(counted)
+        ids, n = np.array([self.ids[index] for index in order]), self.hierarchy.num_nodes
         matrices = {
-            rule: np.stack([counts[index][i] for index in order]).astype(np.int32) if order else np.zeros(0)
+            rule: np.array([counted[index].matrices[i] for index in order], np.int32).reshape(-1, n, n)
             for i, rule in enumerate(results)
         }
         try:
             write_json(record, self.unfinished / "scores.json")
             write_csv(results, self.unfinished / "scores.csv")
-            ids = np.array([self.ids[index] for index in order])
             np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **matrices)
             if self.options.pictures:
-                photos = [
-                    report.photo_line(self.ids[i], counts[i][0], drawn[self.ids[i]], self.hierarchy) for i in order
-                ]
-                report.write_report(self.unfinished, record, photos, self.hierarchy)
+                lines = [report.photo_line(self.ids[i], *counted[i], self.hierarchy) for i in order]
+                report.write_report(self.unfinished, record, lines, self.hierarchy)
             self._move_into_place()
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
+        first = self.decodings[0]
         print(table(results[first.rule], self.hierarchy))
         if len(results) > 1:
             print(rules_table(record["rules"]))
-        for sample_id, fault in faults.items():
-            print(f"left out: {sample_id}: {fault}")
+        self.tolerance.faults = faults
+        self.tolerance.report()
         others = " (the other rules without)" if first.root_bias and len(results) > 1 else ""
-        how = f", tta {self.how['tta']}" if self.how["tta"] != "off" else ""
-        print(f"{len(counts)} photos, decoded by {first}{others}{how}; scores and pictures are in {self.folder}")
+        how = f"{first}{others}, tta {record['tta']}"
+        print(f"{len(ids)} photos by {self.checkpoint}, decoded by {how}; scores and pictures are in {self.folder}")
         return record
 
 
-def _identity(folder: Path) -> tuple | None:
+def _identity(folder: Path) -> list | None:
     """What makes two evaluations say the same; None of a folder that holds none."""
     try:
         record = read_json(folder / "scores.json")
-        with np.load(folder / "photos.npz") as photos:
-            content = [*photos["ids"].tolist(), *photos]
-    except (UserError, OSError, ValueError, KeyError):
+    except UserError:
         return None
-    keys = ("checkpoint_sha256", "amp", "tta", "tile", "decode", "root_bias")
-    return ([record.get(key) for key in keys], content, (folder / "index.html").exists())
+    keys = "checkpoint_sha256 amp tta tile decode root_bias photos ids_sha256 left_out pictures".split()
+    return [*(record.get(key) for key in keys), *record["rules"]]
 
 
 class PictureWriter:
@@ -356,7 +356,6 @@ class PictureWriter:
     def __init__(self, folder: Path, hierarchy: Hierarchy) -> None:
         self.folder, self.hierarchy = folder / "pictures", hierarchy
         self.pool, self.jobs = ThreadPoolExecutor(2), []  # jobs: (future, pixels)
-        self.drawn: dict[str, dict[str, Any]] = {}  # id -> what the page knows of the photo's pictures
 
     def __enter__(self) -> "PictureWriter":
         return self
@@ -366,7 +365,7 @@ class PictureWriter:
         if kind is None:
             self._collect(0)
 
-    def add(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
+    def add(self, sample_id: str, photo: Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         self.jobs.append((self.pool.submit(self._draw, sample_id, photo, leaves, maps), leaves.size))
         self._collect(self.WAITING)
 
@@ -378,13 +377,7 @@ class PictureWriter:
             except OSError as error:
                 raise UserError(f"{self.folder}: pictures cannot be written ({error.strerror})") from None
 
-    def _draw(self, sample_id: str, photo: np.ndarray | Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
-        h = self.hierarchy
-        for name in (*h.level_names, "overlay", "report"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        photo = np.asarray(read_photo(photo)) if isinstance(photo, Path) else photo
-        self.drawn[sample_id] = report.write_photo(self.folder / "report", sample_id, photo, maps, h)
-        for level, name in enumerate(h.level_names):
-            write_indexed(self.folder / name / f"{sample_id}.png", h.level_of(leaves, level), h.colours)
-        picture = Image.fromarray(visualize.captioned_overlay(photo, leaves, h))
-        picture.save(self.folder / "overlay" / f"{sample_id}.jpg", quality=85)
+    def _draw(self, sample_id: str, path: Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
+        photo = np.asarray(read_photo(path))  # as the camera took it, not as the network was fed
+        visualize.write_maps(self.folder, sample_id, photo, leaves, self.hierarchy)
+        report.write_photo(self.folder / "report", sample_id, photo, maps)

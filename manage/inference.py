@@ -10,7 +10,8 @@ whole photo.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from utils.errors import UserError
 WHOLE = 1024 * 2048  # pixels that go through at once
 TILE, SMALLEST_TILE = 768, 256
 BAND = 2**23  # logits in a band of rows; decoding takes four times as much
+EXACT = 2**27  # logits of one photo that are kept in float32 (half a GiB); of a larger one they are kept in float16
 SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
 
 Rows = Iterator[tuple[slice, Tensor]]
@@ -34,8 +36,7 @@ class NotFinite(UserError):
 
 def photo_logits(network: nn.Module, image: Tensor, size: tuple[int, int], amp: str = "off", **how) -> Tensor:
     """Logits of one photo at `size`, whatever size it is fed at. Shape: (3, h, w) uint8 -> (1, N, *size) float32."""
-    bands = [logits for _, logits in logit_rows(network, image, size, amp, **how)]
-    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=2)
+    return torch.cat([logits for _, logits in logit_rows(network, image, size, amp, **how)], dim=2)
 
 
 def logit_rows(
@@ -56,18 +57,21 @@ def logit_rows(
     height, width = image.shape[-2:]
     # the larger views hold more detail than the fed size, of which a photo that was reduced gains
     grain = 2 if tta == "full" and height < size[0] else 1
-    tile, is_begun = tile or (TILE if height * width > WHOLE else max(height, width)), False
+    tile = tile or (TILE if height * width > WHOLE else max(height, width))
+
+    def look(window: Tensor) -> Tensor:
+        shape = (grain * window.shape[-2], grain * window.shape[-1])
+        return mean_of_views(lambda view: forward(network, view, amp), window[None], shape, tta, mirror)[0]
+
     while True:
         try:
-            parts = _blended(network, image, tile, grain, (amp, tta, mirror))
-            for band in _resized(parts, (grain * height, grain * width), size):
-                is_begun = True
-                yield band
-            return
+            logits = _blended(look, image, tile, getattr(network, "stride", 32), grain)
+            break
         except (RuntimeError, MemoryError) as error:
-            if is_begun or not is_out_of_memory(error) or tile <= SMALLEST_TILE:
+            if not is_out_of_memory(error) or tile <= SMALLEST_TILE:
                 raise
         tile = max(SMALLEST_TILE, tile // 2)
+    yield from _bands(logits, size)
 
 
 # --- several photos at once ---
@@ -93,30 +97,18 @@ def of_one_size(samples: Iterable[Sample], stride: int, pixels: int) -> Iterator
 
 def rows_of_each(network: nn.Module, group: Sequence[Sample], amp: str = "off", **how) -> list[Rows]:
     """`logit_rows` of each photo, at its labels' size; several photos, padded to one size, go through together."""
-    one_by_one = [logit_rows(network, s.image, tuple(s.labels.shape), amp, **how) for s in group]
-    if len(group) == 1:
-        return one_by_one
-    stride = getattr(network, "stride", 32)
-    height, width = (max(-(-s.image.shape[axis] // stride) * stride for s in group) for axis in (1, 2))
-    padded = []
-    for sample in group:
-        h, w = sample.image.shape[-2:]
-        padded.append(F.pad(sample.image[None].float(), (0, width - w, 0, height - h), mode="replicate"))
-    try:
-        with torch.inference_mode(), autocast(padded[0].device, amp):
-            logits = network(torch.cat(padded)).float()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return one_by_one  # they find their own way
-    return [_rows_of(part, sample, amp) for part, sample in zip(logits, group, strict=True)]
-
-
-def _rows_of(logits: Tensor, sample: Sample, amp: str) -> Rows:
-    """Raises: NotFinite, once the rows are asked for."""
-    height, width = sample.image.shape[-2:]
-    part = _finite(logits[:, :height, :width], chosen_amp(logits.device, amp))
-    yield from _resized(iter([part]), (height, width), tuple(sample.labels.shape))
+    if len(group) > 1:
+        height, width = (max(sample.image.shape[axis] for sample in group) for axis in (1, 2))
+        images = [_padded(sample.image[None].float(), height, width) for sample in group]
+        try:
+            logits = forward(network, torch.cat(images), amp)
+            sizes = [sample.image.shape[1:] for sample in group]
+            parts = [part[:, :h, :w] for part, (h, w) in zip(logits, sizes, strict=True)]
+            return [_bands(part, tuple(sample.labels.shape)) for part, sample in zip(parts, group, strict=True)]
+        except (NotFinite, RuntimeError, MemoryError) as error:  # one by one says which, and finds smaller windows
+            if not isinstance(error, NotFinite) and not is_out_of_memory(error):
+                raise
+    return [logit_rows(network, sample.image, tuple(sample.labels.shape), amp, **how) for sample in group]
 
 
 @contextlib.contextmanager
@@ -135,6 +127,7 @@ def photo_named(name: str) -> Iterator[None]:
         ) from None
 
 
+# --- windows ---
 def windows(length: int, tile: int, stride: int) -> list[tuple[slice, Tensor]]:
     """Where the windows of one axis lie, and their weights, which add up to 1 at every pixel."""
     tile = -(-tile // stride) * stride
@@ -154,105 +147,91 @@ def windows(length: int, tile: int, stride: int) -> list[tuple[slice, Tensor]]:
     return [(inside, weights / total[inside]) for inside, weights in found]
 
 
-def _blended(network: nn.Module, image: Tensor, tile: int, grain: int, how: tuple) -> Iterator[Tensor]:
-    """Shape: (3, h, w) -> parts of (N, grain * h, grain * w), from top to bottom."""
-    stride = getattr(network, "stride", 32)
+def _blended(look: Callable[[Tensor], Tensor], image: Tensor, tile: int, stride: int, grain: int) -> Tensor:
+    """What all windows say. Shape: (3, h, w) -> (N, grain * h, grain * w)."""
     down, across = (windows(length, tile, stride) for length in image.shape[-2:])
     if len(down) == len(across) == 1:
-        yield _mean_of_views(network, image, grain, *how)
-        return
-    rest = None  # what the window row before has said of rows that this one speaks of, too
-    for (rows, row_weights), below in zip(down, [*down[1:], None], strict=True):
-        part = None
+        return look(image)
+    total = None
+    for rows, row_weights in down:
         for columns, column_weights in across:
-            logits = _mean_of_views(network, image[:, rows, columns], grain, *how)
-            if part is None:
-                part = logits.new_zeros(*logits.shape[:2], grain * image.shape[-1])
+            logits = look(image[:, rows, columns])
+            if total is None:
+                shape = (len(logits), grain * image.shape[-2], grain * image.shape[-1])
+                total = logits.new_zeros(shape, dtype=torch.float32 if math.prod(shape) <= EXACT else torch.float16)
             weights = (row_weights[:, None] * column_weights).to(logits.device)
             weights = weights.repeat_interleave(grain, 0).repeat_interleave(grain, 1)
-            part[..., grain * columns.start : grain * columns.stop].addcmul_(logits, weights)
-        if rest is not None:
-            part[:, : rest.shape[1]] += rest
-        done = grain * ((below[0].start if below else rows.stop) - rows.start)
-        rest = part[:, done:].clone()
-        yield part[:, :done]
+            top, left = grain * rows.start, grain * columns.start
+            total[:, top : top + logits.shape[1], left : left + logits.shape[2]] += logits * weights
+    return total
 
 
-def _resized(parts: Iterator[Tensor], fed: tuple[int, int], size: tuple[int, int]) -> Rows:
-    """What F.interpolate(mode="bilinear") makes of all parts together, in bands of rows."""
-    source = ((torch.arange(size[0], dtype=torch.float64) + 0.5) * (fed[0] / size[0]) - 0.5).clamp(0, fed[0] - 1)
-    above = source.long()
-    below, share = (above + 1).clamp(max=fed[0] - 1), (source - above).float()
-    held, top, row = None, 0, 0
-    for part in parts:
-        held, part = part if held is None else torch.cat([held, part], dim=1), None  # lets go of the part
-        ready = int((below < top + held.shape[1]).sum())
-        band = max(1, BAND // (held.shape[0] * size[1]))
-        for start in range(row, ready, band):
-            rows = slice(start, min(start + band, ready))
-            strip = held[:, rows.start - top : rows.stop - top]
-            if fed[0] != size[0]:
-                a, b, weight = (index.to(held.device) for index in (above[rows] - top, below[rows] - top, share[rows]))
-                strip = torch.lerp(held[:, a], held[:, b], weight[:, None])
-            if fed[1] != size[1]:
-                shape = (strip.shape[1], size[1])
-                strip = F.interpolate(strip[None], shape, mode="bilinear", align_corners=False)[0]
-            yield rows, strip[None].contiguous()  # one plane a node, which decoding reads faster
-        row = ready
-        if row < size[0]:
-            kept = min(int(above[row]), top + held.shape[1])
-            held, top = held[:, kept - top :].clone(), kept
+def _bands(logits: Tensor, size: tuple[int, int]) -> Rows:
+    """What F.interpolate(mode="bilinear") makes of the logits, in bands of rows. Shape: (N, h, w)."""
+    (height, width), source = logits.shape[1:], torch.arange(size[0], dtype=torch.float64) + 0.5
+    source = (source * (height / size[0]) - 0.5).clamp(0, height - 1).to(logits.device)
+    band = max(1, BAND // (len(logits) * size[1]))
+    for start in range(0, size[0], band):
+        rows = slice(start, min(start + band, size[0]))
+        above = source[rows].long()
+        strip = logits[:, above].float()
+        if height != size[0]:
+            below, share = logits[:, (above + 1).clamp(max=height - 1)].float(), (source[rows] - above).float()
+            strip = torch.lerp(strip, below, share[:, None])
+        if width != size[1]:
+            shape = (strip.shape[1], size[1])
+            strip = F.interpolate(strip[None], shape, mode="bilinear", align_corners=False)[0]
+        yield rows, strip[None].contiguous()  # one plane a node, which decoding reads faster
 
 
+# --- views ---
 def scaled(side: int, scale: float) -> int:
     """A side at a scale of so many quarters, rounded; at least 1. In whole numbers, so that a symbol may stand in."""
     return (side * round(4 * scale) + 2) // 4
 
 
-@torch.inference_mode()
-def _mean_of_views(
-    network: nn.Module, image: Tensor, grain: int, amp: str, tta: str, mirror: Sequence[int] | None
+def mean_of_views(
+    network: Callable[[Tensor], Tensor],
+    photos: Tensor,
+    size: Sequence[int],
+    tta: str,
+    mirror: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
-    """The mean logits over scales and flips. Shape: (3, h, w) uint8 -> (N, grain * h, grain * w)."""
-    size, total, count = [grain * side for side in image.shape[-2:]], 0, 0
+    """The mean logits over scales and flips. Shape: (B, 3, h, w) in 0..255 -> (B, N, *size)."""
+    total, count = 0, 0
     for scale in SCALES[tta]:
-        view = image[None]
+        view = photos
         if scale != 1:
-            shape = [scaled(side, scale) for side in image.shape[-2:]]
+            shape = [scaled(side, scale) for side in photos.shape[-2:]]
             view = F.interpolate(view.float(), shape, mode="bilinear", align_corners=False)
         for is_flipped in (False,) if tta == "off" else (False, True):
-            logits = _forward(network, view.flip(-1) if is_flipped else view, amp)
-            if is_flipped:
-                logits = logits.flip(-1) if mirror is None else logits.flip(-1)[:, list(mirror)]
-            if list(logits.shape[-2:]) != size:
+            logits = network(view.flip(-1)).flip(-1) if is_flipped else network(view)
+            if is_flipped and mirror is not None:
+                logits = logits[:, mirror]
+            if scale != 1 or size[0] != photos.shape[-2] or size[1] != photos.shape[-1]:
                 logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-            if tta == "off":
-                return logits[0]
             total, count = total + logits, count + 1
-    return total[0] / count
+    return total / count
 
 
-def _forward(network: nn.Module, images: Tensor, amp: str) -> Tensor:
-    """Padding is cut off before anything is scored. Shape: (1, 3, h, w) in 0..255 -> (1, N, h, w) float32.
-
-    Raises: NotFinite.
-    """
-    height, width = images.shape[-2:]
-    least = getattr(network, "stride", 32)
+@torch.inference_mode()
+def forward(network: nn.Module, photos: Tensor, amp: str) -> Tensor:
+    """Logits of photos of any size. Shape: (B, 3, h, w) in 0..255 -> (B, N, h, w) float32. Raises: NotFinite."""
+    height, width = photos.shape[-2:]
+    least, amp = getattr(network, "stride", 32), chosen_amp(photos.device, amp)
     if min(height, width) < least:  # slimmer than the encoder's stride
-        images = F.pad(images.float(), (0, max(0, least - width), 0, max(0, least - height)), mode="replicate")
-    amp = chosen_amp(images.device, amp)
-    with autocast(images.device, amp):
-        logits = network(images)
-    return _finite(logits.float()[..., :height, :width], amp)
-
-
-def _finite(logits: Tensor, amp: str) -> Tensor:
-    """The logits. Raises: NotFinite."""
+        photos = _padded(photos.float(), max(height, least), max(width, least))
+    with autocast(photos.device, amp):
+        logits = network(photos)[..., :height, :width].float()
     if not logits.sum().isfinite():  # one pass; the sum of finite logits is far from overflowing
         half = "half precision may have overflowed: set amp=off or amp=bf16; otherwise " if amp != "off" else ""
         raise NotFinite(f"the network's logits are not finite; {half}its weights are spoilt: use another checkpoint")
     return logits
+
+
+def _padded(photos: Tensor, height: int, width: int) -> Tensor:
+    """Shape: (B, 3, h, w) -> (B, 3, height, width)."""
+    return F.pad(photos, (0, width - photos.shape[-1], 0, height - photos.shape[-2]), mode="replicate")
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

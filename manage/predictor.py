@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.config import DECODE_RULES, REPOSITORY, Config
 from manage import distributed
 from manage.checkpoint import find_model, load_checkpoint
-from manage.inference import SCALES, SMALLEST_TILE, logit_rows
+from manage.inference import EXACT, SCALES, SMALLEST_TILE, logit_rows
 from manage.network import restore_network
 from models.hseg import HSEG
 from utils.decode import DECODERS
@@ -27,7 +27,6 @@ from utils.hierarchy import Hierarchy
 from utils.images import photo_size, read_photo, scaled_size, upright_rgb
 
 SHIPPED = REPOSITORY / "models" / "pretrained" / "pascal_part.pt"  # used where no checkpoint is named
-EXACT = 2**26  # logits of one photo that are kept in float32; more are kept in float16
 
 
 @dataclass(frozen=True)
@@ -64,51 +63,24 @@ class Decoding:
         return self.rule + (f" with root_bias {self.root_bias}" if self.root_bias else "")
 
 
-def find_or_shipped(checkpoint: str | Path | None) -> Path:
-    """What --checkpoint names; where it names nothing, the shipped model. Raises: UserError."""
-    if checkpoint is not None:
-        return find_model(str(checkpoint), REPOSITORY)
-    if not SHIPPED.is_file():
-        raise UserError(
-            f"{SHIPPED}: the shipped model is not there; put it back, or name a model of yours, such as --checkpoint "
-            "quickstart"
-        )
-    return SHIPPED
-
-
 def load_state(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, or a folder that tools/export.py wrote. Raises: UserError."""
-    return load_folder(path) if path.is_dir() else load_checkpoint(path)
-
-
-def load_folder(folder: Path) -> dict[str, Any]:
-    """What tools/export.py wrote as a folder, as `load_checkpoint` would give it. Raises: UserError."""
+    if not path.is_dir():
+        return load_checkpoint(path)
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError(f"{folder}: needs the package safetensors: pip install -r requirements-export.txt") from None
+        raise UserError(f"{path}: needs the package safetensors: pip install -r requirements-export.txt") from None
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(path / "model.safetensors")
     except Exception as error:  # the package raises its own kinds
-        raise UserError(f"{folder / 'model.safetensors'}: damaged ({error}); copy the folder again") from None
+        raise UserError(f"{path / 'model.safetensors'}: damaged ({error}); copy the folder again") from None
     return {
         "model": weights,
         "ema": None,
-        "config": read_json(folder / "config.json"),
-        "tree": read_json(folder / "tree.json"),
+        "config": read_json(path / "config.json"),
+        "tree": read_json(path / "tree.json"),
     }
-
-
-def how_to_feed(trained_with: Config, h: Hierarchy, tta: str | None = None, tile: int | None = None) -> dict[str, Any]:
-    """What `logit_rows` is told, beside the precision. Raises: UserError for values that it does not take."""
-    tta = tta or trained_with.tta
-    if tta not in SCALES:
-        raise UserError(f"tta {tta!r}: expected one of {', '.join(SCALES)}")
-    if tile is not None and tile < SMALLEST_TILE:
-        raise UserError(f"tile {tile}: expected at least {SMALLEST_TILE} pixels, the side of a window")
-    if tta != "off":
-        h.check_sides("the checkpoint's tree", "leave out tta")
-    return {"tta": tta, "tile": tile, "mirror": h.mirror}
 
 
 @dataclass
@@ -147,7 +119,10 @@ class Result:
 
 
 class Predictor:
-    """A network with its tree and decoding, called with a photo. Whatever is not named is the checkpoint's own."""
+    """A network with its tree and decoding, called with a photo. Whatever is not named is the checkpoint's own.
+
+    Raises: UserError for a rule, an offset, views or windows that cannot be.
+    """
 
     def __init__(
         self,
@@ -160,27 +135,41 @@ class Predictor:
         tile: int | None = None,
     ) -> None:
         self.network, self.config, self.hierarchy = network.eval(), config, hierarchy
-        self.source: Path | None = None  # the file that it was loaded from
-        self.decoding = Decoding.of(config, decode, root_bias)
+        self.source, self.epoch, self.origin = (
+            None,
+            0,
+            None,
+        )  # the file it was loaded from, and what that says of itself
+        self.decoding, self.device = Decoding.of(config, decode, root_bias), next(network.parameters()).device
         self.decoding.biases(hierarchy)
-        self.device = next(network.parameters()).device
-        self.how = how_to_feed(config, hierarchy, tta, tile) | {
-            "amp": config.amp if self.device.type == "cuda" else "off"
-        }
+        tta = tta or config.tta
+        if tta not in SCALES:
+            raise UserError(f"tta {tta!r}: expected one of {', '.join(SCALES)}")
+        if tile is not None and tile < SMALLEST_TILE:
+            raise UserError(f"tile {tile}: expected at least {SMALLEST_TILE} pixels, the side of a window")
+        if tta != "off":
+            hierarchy.check_sides("the checkpoint's tree", "leave out tta")
+        amp = config.amp if self.device.type == "cuda" else "off"
+        self.how = {"amp": amp, "tta": tta, "tile": tile, "mirror": hierarchy.mirror}  # `logit_rows` is told
 
     @classmethod
     def load(cls, checkpoint: str | Path | None = None, device: str = "auto", **options) -> "Predictor":
-        """A predictor from a checkpoint, which holds all that it needs; options as in the constructor.
-
-        None: the shipped model.
+        """A predictor from a checkpoint, an experiment or an exported folder; None: the shipped model.
 
         Raises: UserError for a checkpoint, device or option that cannot be used.
         """
+        if checkpoint is None and not SHIPPED.is_file():
+            raise UserError(
+                f"{SHIPPED}: the shipped model is not there; put it back, or name a model of yours, such as "
+                "--checkpoint quickstart"
+            )
         where = distributed.choose_device(device)
-        path = find_or_shipped(checkpoint)
-        config, hierarchy, network = restore_network(load_state(path), str(path))
-        predictor = cls(network.to(where), config, hierarchy, **options)
-        predictor.source = path
+        path = SHIPPED if checkpoint is None else find_model(str(checkpoint), REPOSITORY)
+        state = load_state(path)
+        config, hierarchy, network = restore_network(state, str(path))
+        network = network.to(where, memory_format=torch.channels_last)  # on a CPU a fifth faster
+        predictor = cls(network, config, hierarchy, **options)
+        predictor.source, predictor.epoch, predictor.origin = path, state.get("epoch", 0), state.get("origin")
         return predictor
 
     def __call__(self, photo: Image.Image, keep_logits: bool = True) -> Result:

@@ -4,8 +4,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.hierarchy import Hierarchy
 
 
@@ -21,15 +19,9 @@ def per_class(result: dict[str, Any]) -> list[tuple[int, str, float | None]]:
     return [(level["level"], name, iou) for level in result["levels"] for name, iou in level["IoU"].items()]
 
 
-def confusions(result: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
-    """(class names, counts) of each level."""
-    return [(level["classes"], np.array(level["confusion"])) for level in result["levels"]]
-
-
 def table(result: dict[str, Any], hierarchy: Hierarchy) -> str:
-    """IoU per class and level in percent, as people read it."""
-    background = {hierarchy.names[node] for node in hierarchy.background}
-    lines = []
+    """IoU per class and level, and all other scores, as people read them."""
+    background, lines = {hierarchy.names[node] for node in hierarchy.background}, []
     for level in result["levels"]:
         lines.append(f"level {level['level']}: {level['name']}")
         for name, iou in level["IoU"].items():
@@ -38,12 +30,8 @@ def table(result: dict[str, Any], hierarchy: Hierarchy) -> str:
         lines.append(f"    {'mIoU' + str(level['level']):<22}{percent(level['mIoU'])}")
         if background:
             lines.append(f"    {'with background':<22}{percent(level['mIoU_with_background'])}")
-    lines.append(f"pixel accuracy            {percent(result['pixel_accuracy'])}")
-    lines.append(f"violation rate            {percent(result['violation_rate'])}")
-    lines.append(f"mistake severity          {shown('mistake_severity', result['mistake_severity'])}")
-    for name in result:
-        if name.startswith("ECE_"):
-            lines.append(f"{'calibration error of ' + name[4:]:<26}{percent(result[name])}")
+    others = {name: value for name, value in summary(result).items() if not name.startswith("mIoU")}
+    lines += [f"{name.replace('_', ' '):<26}{shown(name, value)}" for name, value in others.items()]
     return "\n".join(lines)
 
 
@@ -62,16 +50,14 @@ def shown(name: str, value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    return "     -" if value is None else f"{100 * value:6.2f}"
+    return "     -" if value is None else f"{100 * value:6.2f} %"
 
 
 def write_csv(results: dict[str, dict[str, Any]], path: Path) -> None:
     """One row per rule, level and class; level means and overall scores have no class."""
+    rows = [("decode", "level", "class", "score", "value")]
+    for rule, result in results.items():
+        rows += [(rule, level, name, "IoU", iou) for level, name, iou in per_class(result)]
+        rows += [(rule, "", "", name, value) for name, value in summary(result).items()]
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["decode", "level", "class", "score", "value"])
-        for rule, result in results.items():
-            for level, name, iou in per_class(result):
-                writer.writerow([rule, level, name, "IoU", iou])
-            for name, value in summary(result).items():
-                writer.writerow([rule, "", "", name, value])
+        csv.writer(file).writerows(rows)

@@ -85,8 +85,8 @@ def test_the_masks_are_those_of_predict(predictor, photo):
     result = demo.predict(predictor, str(photo))
     with zipfile.ZipFile(demo.to_download(result, photo)) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
-        assert {"level1_parts/two.halves.png", "overlay/two.halves.jpg"} <= names
-        mask = np.array(Image.open(archive.open("level1_parts/two.halves.png")))
+        assert {"parts/two.halves.png", "overlay/two.halves.jpg"} <= names
+        mask = np.array(Image.open(archive.open("parts/two.halves.png")))
     assert (mask == result.leaves).all()
 
 

@@ -190,10 +190,10 @@ def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, pre
     out = tmp_path / "out"
     assert [line["name"] for line in lines(out)] == ["a", "deep/a"]
     expected = predictor(Image.open(photos / "a.png"))
-    for level, folder in enumerate(["level1_parts", "level2_halves", "level3_body"]):
+    for level, folder in enumerate(predictor.hierarchy.level_names):
         assert np.array_equal(read_labels(out / folder / "a.png"), expected.levels[level])
     assert lines(out)[0]["shares"] == expected.shares
-    assert read_labels(out / "level1_parts" / "deep" / "a.png").shape == (40, 34)
+    assert read_labels(out / "parts" / "deep" / "a.png").shape == (40, 34)
     scores = np.load(out / "scores" / "a.npz")
     np.testing.assert_allclose(scores["scores"], expected.scores, atol=1e-3)
     assert list(scores["names"]) == list(predictor.hierarchy.names)
@@ -209,7 +209,7 @@ def test_photos_of_other_known_kinds_are_found_and_an_experiment_is_named_by_its
     assert run(tmp_path, checkpoint=checkpoint.parents[1]) == 0
     assert [line["name"] for line in lines(tmp_path / "out")] == ["a", "b"]
     expected = predictor(noise(40, 34)).leaves
-    assert np.array_equal(read_labels(tmp_path / "out" / "level1_parts" / "a.png"), expected)
+    assert np.array_equal(read_labels(tmp_path / "out" / "parts" / "a.png"), expected)
 
 
 def test_spoilt_weights_stop_it_with_the_photos_path(run, photos, tmp_path, tree):

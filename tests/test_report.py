@@ -11,7 +11,6 @@ from manage import report
 from manage.tables import summary
 from tests.reference import tree_of
 from utils.decode import DECODERS
-from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.metrics import LevelScores, scores_from_confusion
 
@@ -44,7 +43,7 @@ def draw(i: int, h: Hierarchy) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sampled(labels: torch.Tensor, leaves: torch.Tensor, logits: torch.Tensor, band: int = 7) -> report.SmallMaps:
     """What the page shows, from bands of a few rows."""
-    sampler = report.MapSampler(labels, VOID)
+    sampler = report.MapSampler(labels)
     for start in range(0, len(labels), band):
         sampler.add(slice(start, min(start + band, len(labels))), logits[:, start : start + band])
     return sampler.maps(leaves)
@@ -53,16 +52,13 @@ def sampled(labels: torch.Tensor, leaves: torch.Tensor, logits: torch.Tensor, ba
 def make_report(folder: Path, h: Hierarchy, count: int) -> list[dict]:
     """A report of `count` drawn photos; returns what it knows of each."""
     pictures = folder / "pictures" / "report"
-    pictures.mkdir(parents=True)
     meter, lines = LevelScores(h), []
     for i in range(count):
         labels, logits = draw(i, h)
         leaves = DECODERS["logit_sum"](logits[None], h)
-        matrix = meter.update(leaves, labels[None], logits[None]).numpy()
-        maps = sampled(labels, leaves[0], logits)
-        photo = np.full((*labels.shape, 3), 120, np.uint8)
-        drawn = report.write_photo(pictures, sample_id(i), photo, maps, h)
-        lines.append(report.photo_line(sample_id(i), matrix, drawn, h))
+        matrix, photo = meter.update(leaves, labels[None], logits[None]).numpy(), np.full((40, 60, 3), 120, np.uint8)
+        report.write_photo(pictures, sample_id(i), photo, sampled(labels, leaves[0], logits))
+        lines.append(report.photo_line(sample_id(i), [matrix], i % 7 / 10, labels.shape, h))
     result = meter.compute()
     scores = {
         "checkpoint": "best.pt",
@@ -86,24 +82,23 @@ def h() -> Hierarchy:
     return hostile_tree()
 
 
-@pytest.fixture
-def maps(h) -> report.SmallMaps:
+def test_a_small_photo_is_kept_pixel_by_pixel_and_its_script_is_a_call_with_plain_data(h, tmp_path):
     labels, logits = draw(1, h)
-    return sampled(labels, DECODERS["logit_sum"](logits[None], h)[0], logits)
-
-
-def test_a_small_photo_is_kept_pixel_by_pixel(h, maps):
-    labels, logits = draw(1, h)
+    maps = sampled(labels, DECODERS["logit_sum"](logits[None], h)[0], logits)
     assert np.array_equal(maps.truth, labels)
-    assert np.array_equal(maps.known, labels[::2, ::2] != VOID)
     assert np.array_equal(maps.scores >= 128, logits[:, ::2, ::2] > 0)
     assert np.abs((maps.scores + 0.5) / 256 - torch.sigmoid(logits[:, ::2, ::2]).numpy()).max() <= 0.5 / 256 + 1e-6
+    name = "a'b&<c>é\u2028"
+    report.write_photo(tmp_path, name, np.zeros((40, 60, 3), np.uint8), maps)
+    script = (tmp_path / f"{name}.js").read_text(encoding="ascii")
+    said, data = json.loads("[" + script.removeprefix("hsegPhoto(").removesuffix(");\n") + "]")
+    assert (said, data["size"], data["scoreSize"]) == (name, [60, 40], [30, 20])
 
 
 def test_a_large_photo_is_sampled_to_the_sides_that_the_page_shows():
     rows = torch.arange(600)[:, None].expand(600, 900) // 3
     maps = sampled(rows.to(torch.uint8), rows, rows / 200 - 2 + torch.zeros(2, 600, 900))
-    assert maps.truth.shape == (171, 256)
+    assert maps.truth.shape == report.shown_size((600, 900)) == (171, 256)
     assert maps.scores.shape == (2, 86, 128)  # every other row and column of the maps
     score = torch.sigmoid(torch.from_numpy(maps.truth[::2, ::2] / 200 - 2))
     assert np.array_equal(maps.scores[1], (score * 256).to(torch.uint8))
@@ -111,47 +106,14 @@ def test_a_large_photo_is_sampled_to_the_sides_that_the_page_shows():
     assert np.array_equal(maps.truth, maps.leaves)
     maps = sampled(torch.zeros(1, 2000), torch.zeros(1, 2000), torch.zeros(3, 1, 2000))  # keeps one row
     assert maps.truth.shape == (1, 256)
-    assert maps.scores.shape == (3, 1, 128)
 
 
-def test_violations_of_a_photo_are_those_of_the_metric_at_the_pixels_that_the_page_shows(h, maps):
-    labels, logits = (values[..., ::2, ::2] for values in draw(1, h))
-    meter = LevelScores(h)
-    meter.update(torch.from_numpy(maps.leaves[::2, ::2]).long()[None], labels[None], logits[None])
-    assert report.violated_share(maps, h) == pytest.approx(meter.compute()["violation_rate"])
-    maps.known[:] = False
-    assert report.violated_share(maps, h) is None
-
-
-def test_a_photo_is_sorted_by_the_scores_of_the_metric(h):
-    labels, logits = draw(2, h)
-    matrix = LevelScores(h).update(DECODERS["logit_sum"](logits[None], h), labels[None])
-    line = report.photo_line("a", matrix.numpy(), {}, h)
-    scores = scores_from_confusion(matrix, h)
-    assert line["mIoU"] == pytest.approx([scores[f"mIoU{level + 1}"] for level in range(h.num_levels)], abs=1e-5)
-
-
-def test_classes_of_a_photo_are_those_in_truth_and_prediction(h):
+def test_a_photo_is_sorted_by_the_scores_of_the_metric_and_filtered_by_what_is_in_truth_and_prediction(h):
     matrix = np.zeros((h.num_nodes, h.num_nodes), np.int32)
-    matrix[1, 4] = 10  # leaf 1 (below 3, below 5) taken for leaf 4 (below 5)
-    line = report.photo_line("a", matrix, {"violations": None}, h)
-    assert line["truth"] == [1, 3, 5]
-    assert line["predicted"] == [4, 5]
-    assert line["IoU"] == [None, 0.0, None, 0.0, 0.0, 1.0]
+    matrix[1, 4], matrix[2, 2] = 10, 5  # leaf 1 (below 3, below 5) is taken for leaf 4 (below 5)
+    line = report.photo_line("a", [matrix], None, (40, 60), h)
+    scores = scores_from_confusion(torch.from_numpy(matrix).long(), h)
+    assert line["mIoU"] == pytest.approx([scores[f"mIoU{level + 1}"] for level in range(h.num_levels)], abs=1e-5)
+    assert (line["truth"], line["predicted"]) == ([1, 2, 3, 5], [2, 3, 4, 5])
+    assert line["IoU"] == [None, 0.0, 1.0, pytest.approx(1 / 3, abs=1e-5), 0.0, 1.0]
     assert line["violations"] is None
-
-
-def test_the_script_of_a_photo_is_a_call_with_plain_data(h, maps, tmp_path):
-    name = "a'b&<c>é\u2028"
-    report.write_photo(tmp_path, name, np.zeros((40, 60, 3), np.uint8), maps, h)
-    script = (tmp_path / f"{name}.js").read_text(encoding="ascii")
-    arguments = json.loads("[" + script.removeprefix("hsegPhoto(").removesuffix(");\n") + "]")
-    assert arguments[0] == name
-    assert arguments[1]["size"] == [60, 40]
-    assert arguments[1]["scoreSize"] == [30, 20]
-
-
-def test_a_folder_that_cannot_be_written_is_a_users_mistake(h, tmp_path):
-    scores = {"config": {"exp_name": "a"}, "checkpoint": "b"}
-    with pytest.raises(UserError, match=r"index\.html"):
-        report.write_report(tmp_path / "gone", scores, [], h)

@@ -32,11 +32,11 @@ from PIL import Image
 
 from configs.config import DECODE_RULES, default_decode
 from manage.predictor import Decoding, Predictor, Result
-from tools.predict import Output
 from utils.cli import run_main
 from utils.decode import probabilities
 from utils.errors import UserError
 from utils.images import photo_size, read_photo
+from utils.visualize import write_maps
 
 gr = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
 LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
@@ -150,12 +150,10 @@ def data_uri(image: Image.Image, kind: str, **options) -> str:
 
 
 def to_download(result: Result, photo: Path) -> str:
-    """A zip of what tools/predict.py writes: the label map of each level and the overlay."""
-    folder = Path(tempfile.mkdtemp(prefix="hseg-demo-"))
-    output = Output(folder / photo.stem, result.hierarchy, with_scores=False)
-    output.start()
-    output.write(photo, photo.stem, result)
-    return shutil.make_archive(str(output.folder), "zip", output.folder)
+    """A zip of the label map of each level and the overlay, as tools/predict.py writes them."""
+    folder = Path(tempfile.mkdtemp(prefix="hseg-demo-")) / photo.stem
+    write_maps(folder, photo.stem, np.asarray(result.photo), result.leaves, result.hierarchy)
+    return shutil.make_archive(str(folder), "zip", folder)
 
 
 def build(predictor: Predictor) -> "gr.Blocks":

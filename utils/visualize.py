@@ -1,13 +1,16 @@
-"""Label maps as pictures: overlays, and panels of a photo with truth and prediction at every level."""
+"""Label maps as pictures: overlays with a legend, sheets of pictures under titles, confusion matrices."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.hierarchy import Hierarchy
+from utils.images import write_indexed
 
 VOID_COLOUR = (128, 128, 128)
+LARGEST = 60_000  # pixels a side: a JPEG file holds no more than 65,535
 
 
 def palette(hierarchy: Hierarchy) -> np.ndarray:
@@ -31,41 +34,30 @@ def overlay(photo: np.ndarray, labels: np.ndarray, hierarchy: Hierarchy, strengt
     return mixed
 
 
-def captioned_overlay(photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy, largest: int = 4096) -> np.ndarray:
-    """The overlay, at most `largest` pixels a side, over a legend of the colours that can be in it.
+def captioned_overlay(photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy) -> np.ndarray:
+    """The overlay at the photo's own size, over a legend of the colours that can be in it.
 
-    Shape: (h, w, 3) uint8 of any size, (H, W) node ids -> (about H, about W, 3) uint8.
+    Shape: (H, W, 3) uint8, (H, W) node ids -> (about H, W, 3) uint8.
     """
-    picture = overlay(_sized(photo, leaves.shape), leaves, hierarchy)
-    if max(leaves.shape) > largest:
-        picture = thumbnail(picture, largest)
+    picture = overlay(photo, leaves, hierarchy)
+    if max(leaves.shape) > LARGEST:
+        picture = thumbnail(picture, LARGEST)
     coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
     return stack([picture, legend(hierarchy, max(picture.shape[1], 200), coloured)])
 
 
-def board(
-    photo: np.ndarray, truth: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy, side: int = 240
-) -> np.ndarray:
-    """Photo and overlay, and truth over prediction in a column a level, with titles and a legend.
+def write_maps(folder: Path, name: str, photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy) -> None:
+    """Writes <level>/<name>.png, a label map in the tree's colours, for each level, and overlay/<name>.jpg.
 
-    Shape: (h, w, 3) uint8, (H, W), (H, W) -> (about 2 side, (1 + L) side, 3) uint8.
+    Shape: (H, W, 3) uint8, (H, W) leaf ids. Raises: OSError, UserError.
     """
-    photo = _sized(photo, leaves.shape)
-    rows = []
-    for what, first, labels in (("truth", photo, truth), ("predicted", overlay(photo, leaves, hierarchy), leaves)):
-        cells = [first, *level_maps(labels, hierarchy, side)]
-        titles = ["photo" if what == "truth" else "overlay", *(f"{name}: {what}" for name in hierarchy.level_names)]
-        rows += [_titles(titles, side), _row(cells, side)]
-    return stack([*rows, legend(hierarchy, rows[0].shape[1])])
-
-
-def gallery(
-    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], hierarchy: Hierarchy, side: int = 200
-) -> np.ndarray:
-    """Rows of pictures under titles, and a legend. Shape: (h, w, 3) uint8 each -> (h, w, 3) uint8."""
-    framed = [_row(cells, side) for cells in rows]
-    coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
-    return stack([_titles(titles, side), *framed, legend(hierarchy, framed[0].shape[1], coloured)])
+    for level, level_name in enumerate(hierarchy.level_names):
+        path = folder / level_name / f"{name}.png"  # not with_suffix: a name may hold a dot
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_indexed(path, hierarchy.level_of(leaves, level), hierarchy.colours)
+    path = folder / "overlay" / f"{name}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(captioned_overlay(photo, leaves, hierarchy)).save(path, quality=88)
 
 
 def level_maps(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:
@@ -77,22 +69,28 @@ def level_maps(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.n
     return [thumbnail(level, side, Image.NEAREST) for level in maps]
 
 
-def _titles(titles: Sequence[str], side: int) -> np.ndarray:
-    """A row of titles over a row of framed cells."""
-    row = Image.new("RGB", ((side + 4) * len(titles), 24), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(13)
+def gallery(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], hierarchy: Hierarchy, side: int = 200
+) -> np.ndarray:
+    """Rows of pictures under titles, and a legend. Shape: (h, w, 3) uint8 each -> (h, w, 3) uint8."""
+    cell, top = side + 4, 24
+    sheet = Image.new("RGB", (cell * len(titles), top + cell * len(rows)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, title in enumerate(titles):
-        draw.text((column * (side + 4) + 6, 4), title, fill="black", font=font)
-    return np.array(row)
+        draw.text((column * cell + 6, 4), title, fill="black", font=font)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            small = Image.fromarray(thumbnail(picture, side))
+            sheet.paste(small, (x * cell + (cell - small.width) // 2, top + y * cell + (cell - small.height) // 2))
+    return stack([np.array(sheet), legend(hierarchy, sheet.width)])
 
 
 def legend(hierarchy: Hierarchy, width: int, nodes: Sequence[int] | None = None) -> np.ndarray:
     """Colour swatches with node names, in as many rows as `width` asks for. Shape: (h, width, 3) uint8."""
-    nodes = range(hierarchy.num_nodes) if nodes is None else nodes
     unit = max(13, width // 60)  # the height of the letters: a wide picture is looked at from further away
     font, line, margin, box = ImageFont.load_default(unit), round(1.7 * unit), unit // 2, round(1.1 * unit)
     x, y, places = margin, 0, []
-    for node in nodes:
+    for node in range(hierarchy.num_nodes) if nodes is None else nodes:
         length = box + unit // 2 + font.getlength(hierarchy.names[node])
         if x + length > width and x > margin:
             x, y = margin, y + line
@@ -111,6 +109,7 @@ def legend(hierarchy: Hierarchy, width: int, nodes: Sequence[int] | None = None)
 def confusion_picture(matrix: np.ndarray, names: Sequence[str], cell: int = 44) -> np.ndarray:
     """A confusion matrix, each row (a true class) in percent of its pixels. Shape: (K, K) -> (h, w, 3) uint8."""
     font, note = ImageFont.load_default(12), "rows: truth, columns: prediction, % of the row"
+    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
     longest = int(max(font.getlength(name) for name in names))
     left, top = longest + 14, longest + 40
     width = max(left + cell * len(names), int(font.getlength(note)) + 6) + 8
@@ -120,8 +119,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], cell: int = 44) 
     for number, name in enumerate(names):
         middle = number * cell + cell // 2
         draw.text((left - 6, top + middle), name, fill="black", font=font, anchor="rm")
-        upwards = _upwards(name, font)
-        picture.paste(upwards, (left + middle - upwards.width // 2, top - 4 - upwards.height))
+        draw.text((left + middle - 8, top - 8 - font.getlength(name)), name, fill="black", font=upwards)
     for (row, column), share in np.ndenumerate(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)):
         x, y = left + column * cell, top + row * cell
         shade = (int(255 - 205 * share), int(255 - 140 * share), 255)
@@ -129,13 +127,6 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], cell: int = 44) 
         ink, middle = "white" if share > 0.6 else "black", cell // 2 - 1
         draw.text((x + middle, y + middle), f"{100 * share:.0f}", fill=ink, font=font, anchor="mm")
     return np.array(picture)
-
-
-def _upwards(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Text that reads from bottom to top."""
-    picture = Image.new("RGB", (int(font.getlength(text)) + 1, 16), "white")
-    ImageDraw.Draw(picture).text((0, 8), text, fill="black", font=font, anchor="lm")
-    return picture.transpose(Image.Transpose.ROTATE_90)
 
 
 def stack(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -151,22 +142,3 @@ def thumbnail(picture: np.ndarray, side: int, resample: int = Image.BILINEAR) ->
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return np.array(Image.fromarray(picture).resize(size, resample))
-
-
-def _sized(photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The photo at the size (height, width) of its label map."""
-    if photo.shape[:2] == size:
-        return photo
-    return np.array(Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def _row(cells: Sequence[np.ndarray], side: int) -> np.ndarray:
-    """Pictures beside each other, each with its longer side at `side` pixels, in a white square."""
-    squares = []
-    for cell in cells:
-        cell = thumbnail(cell, side)
-        square = np.full((side + 4, side + 4, 3), 255, dtype=np.uint8)
-        top, left = (side + 4 - cell.shape[0]) // 2, (side + 4 - cell.shape[1]) // 2
-        square[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
-        squares.append(square)
-    return np.concatenate(squares, axis=1)
