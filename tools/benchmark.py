@@ -2,17 +2,16 @@
 
     python tools/benchmark.py                                         # drawn photos of 375 x 500, crops of 480
     python tools/benchmark.py --cfg configs/pascal_part_cpu.json      # your data and sizes
-    python tools/benchmark.py batch_size=4 crop_size=256 --only step loss --json out.json
+    python tools/benchmark.py batch_size=4 crop_size=256 --only step loss
     python tools/benchmark.py --against ../other --only epoch evaluation    # another checkout, in turns
     python tools/benchmark.py --gpu-plan --cfg configs/hseg_bce_100.json    # what a GPU will be asked: counts, no times
 
-One round before the first is not counted. Shown are the median of the rounds, the lowest and the highest. Epoch,
-evaluation and encoding run the commands that users run. Measure on a machine that does nothing else.
+One round before the first is not counted. Shown are the median of the rounds, the lowest and the highest. Epoch and
+evaluation run the commands that users run. Measure on a machine that does nothing else.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,6 @@ import torch
 from PIL import Image
 
 from configs.config import REPOSITORY, Config, config_from_dict, load_config, parse_overrides, save_config
-from manage.comparison import criterion_name
 from manage.data import train_loader
 from manage.distributed import choose_device
 from manage.experiment import environment
@@ -41,10 +39,10 @@ from utils.cli import progress, run_main
 from utils.dataset import Sample
 from utils.encoding import load_encoding
 from utils.errors import UserError
-from utils.files import write_json
 
 DRAWN = {"crop_size": 480, "batch_size": 4, "pretrained": False, "exp_name": "drawn"}  # what two cores manage
 BATCHES, VAL_PHOTOS = 12, 60  # of an epoch, of an evaluation
+Rows = Iterator[tuple[str, list[float]]]  # what is measured, and photos a second in each round
 
 
 @dataclass
@@ -61,27 +59,12 @@ class Setting:
         return choose_device(self.config.device)
 
 
-@dataclass
-class Row:
-    """One line of the table: the values of the rounds."""
-
-    title: str
-    unit: str
-    values: list[float]
-
-    def cells(self) -> list[str]:
-        numbers = (statistics.median(self.values), min(self.values), max(self.values))
-        middle, low, high = (f"{value:.4g}" for value in numbers)
-        return [self.title, f"{middle} {self.unit}", f"{low} to {high}"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", metavar="F", help="a JSON config; without it, photos are drawn")
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"some of: {', '.join(STAGES)}")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--against", type=Path, metavar="D", help="another checkout, for epoch and evaluation")
-    parser.add_argument("--json", type=Path, metavar="F", help="write every round's value")
     parser.add_argument("--gpu-plan", action="store_true", help="count what a GPU will be asked, measure nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values")
     arguments = parser.parse_intermixed_args()
@@ -90,18 +73,17 @@ def main() -> None:
 
         print(plan_table(load_config(arguments.cfg, arguments.overrides)))
         return
+    lines = ["| photos/s | median | lowest to highest |", "| --- | ---: | ---: |"]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         setting = prepare(Path(folder), arguments)
-        rows = []
-        for name in (bar := progress(arguments.only or STAGES, desc="stages")):
-            bar.set_postfix_str(name)
-            rows += STAGES[name](setting)
+        for name in progress(arguments.only or STAGES, desc="stages"):
+            lines += [table_row(title, values) for title, values in STAGES[name](setting)]
         record = environment(setting.device)
-    for cells in (["stage", "median", "lowest to highest"], ["---", "---:", "---:"], *(row.cells() for row in rows)):
-        print(f"| {' | '.join(cells)} |")
-    print("\n" + "\n".join(f"{key}: {value}" for key, value in record.items()))
-    if arguments.json:
-        write_json({"environment": record, "rows": [vars(row) for row in rows]}, arguments.json)
+    print("\n".join([*lines, "", *(f"{key}: {value}" for key, value in record.items())]))
+
+
+def table_row(title: str, values: list[float]) -> str:
+    return f"| {title} | {statistics.median(values):.4g} | {min(values):.4g} to {max(values):.4g} |"
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> Setting:
@@ -125,42 +107,33 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> Setting:
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def seconds(action: Callable[[], object], rounds: int) -> list[float]:
-    """A GPU runs beside the program: the clock starts and stops when it is idle."""
+def rates(action: Callable[[], object], photos: int, rounds: int) -> list[float]:
+    """Photos a second. A GPU runs beside the program: the clock starts and stops when it is idle."""
     values, wait = [], torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     for _ in range(1 + rounds):
         wait()
         began = time.perf_counter()
         action()
         wait()
-        values.append(time.perf_counter() - began)
+        values.append(photos / (time.perf_counter() - began))
     return values[1:]
 
 
-def run(checkout: Path, script: str, *arguments: object) -> tuple[float, float]:
-    """One of our commands; the seconds that it took, and the most memory that it held, in MiB.
-
-    Raises: UserError with what it said when it fails.
-    """
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=checkout, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        if process.returncode:
-            raise UserError(f"{checkout / script} failed:\n{log.read()[-2000:]}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+def run(checkout: Path, script: str, *arguments: object) -> None:
+    """One of our commands. Raises: UserError with what it said when it fails."""
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], cwd=checkout, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{checkout / script} failed:\n{done.stderr[-2000:]}")
 
 
-def in_turns(setting: Setting, measure: Callable[[Path, int], float], title: str, unit: str) -> list[Row]:
+def in_turns(setting: Setting, measure: Callable[[Path, int], float], title: str) -> Rows:
     """Every checkout once a round, so that the machine's mood meets all; and their ratio within the rounds."""
     values = [[measure(place, number) for place in setting.checkouts] for number in range(setting.rounds)]
-    columns = list(zip(*values, strict=True))
-    if len(columns) == 1:
-        return [Row(title, unit, list(columns[0]))]
-    ratio = Row(f"{title}, ratio", "times as many", [a / b for a, b in zip(*columns, strict=True)])
-    return [Row(title, unit, list(columns[0])), Row(f"{title}, the other", unit, list(columns[1])), ratio]
+    ours, *theirs = map(list, zip(*values, strict=True))
+    yield title, ours
+    for other in theirs:
+        yield f"{title}, the other", other
+        yield f"{title}, times as many", [a / b for a, b in zip(ours, other, strict=True)]
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
@@ -172,33 +145,28 @@ def learner_and_batch(setting: Setting) -> tuple[Learner, Sample]:
     learner = Learner(config, hierarchy, load_encoding(config.labels_dir, hierarchy), device)
     learner.set_train_mode(is_frozen=False)
     b, s = config.batch_size, config.crop_size
-    leaves = torch.tensor(hierarchy.leaves, dtype=torch.uint8)[
-        torch.randint(len(hierarchy.leaves), (b, s // 32, s // 32))
-    ]
-    labels = leaves.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
+    blocks = torch.tensor(hierarchy.leaves)[torch.randint(len(hierarchy.leaves), (b, s // 32, s // 32))]
+    labels = blocks.byte().repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
     images = torch.randint(256, (b, 3, s, s), dtype=torch.uint8).to(device)
     return learner, Sample(images, labels, torch.arange(b), [""] * b)
 
 
-def step_stage(setting: Setting) -> Iterator[Row]:
+def step_stage(setting: Setting) -> Rows:
     """Forward, loss, backward, optimiser."""
     learner, batch = learner_and_batch(setting)
-    times = seconds(lambda: learner.step([batch], setting.config.lr), setting.rounds)
-    yield Row("training step, batch in memory", "photos/s", [len(batch.image) / s for s in times])
-    if setting.device.type == "cuda":
-        yield Row("the most memory that it held", "MiB", [torch.cuda.max_memory_allocated(setting.device) / 2**20])
+    action = lambda: learner.step([batch], setting.config.lr)  # noqa: E731
+    yield "training step, batch in memory", rates(action, setting.config.batch_size, setting.rounds)
 
 
-def loss_stage(setting: Setting) -> Iterator[Row]:
+def loss_stage(setting: Setting) -> Rows:
     learner, batch = learner_and_batch(setting)
     size = (len(batch.image), learner.hierarchy.num_nodes, *batch.labels.shape[1:])
     logits = torch.randn(size, device=setting.device, requires_grad=True)
-    times = seconds(lambda: learner.criterion(logits, batch.labels).backward(), setting.rounds)
-    title = f"{criterion_name(setting.config.criterion)} alone, forward and backward"
-    yield Row(title, "photos/s", [len(batch.image) / s for s in times])
+    action = lambda: learner.criterion(logits, batch.labels).backward()  # noqa: E731
+    yield "the criterion alone, forward and backward", rates(action, len(batch.image), setting.rounds)
 
 
-def loading_stage(setting: Setting) -> Iterator[Row]:
+def loading_stage(setting: Setting) -> Rows:
     """Random views, one thread, nobody else at work: of photos that are decoded anew, and of kept ones."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -222,26 +190,23 @@ def loading_stage(setting: Setting) -> Iterator[Row]:
         ("random views, kept photos, one thread", views, setting.device),
     ):
         loader.store.keep = keep
-        yield Row(title, "photos/s", [len(files) / s for s in seconds(action, setting.rounds)])
+        yield title, rates(action, len(files), setting.rounds)
     torch.set_num_threads(threads)
 
 
-def epoch_stage(setting: Setting) -> Iterator[Row]:
+def epoch_stage(setting: Setting) -> Rows:
     """train.py, its second epoch: the first one decodes the photos and warms up."""
 
     def epoch(checkout: Path, number: int) -> float:
         name = f"epoch_{setting.checkouts.index(checkout)}_{number}"
         config = replace(setting.config, n_epochs=2, exp_name=name, val_every=2, save_epoch=2)
-        memory.append(run(checkout, "train.py", "--cfg", write_config(setting, config))[1])
+        run(checkout, "train.py", "--cfg", write_config(setting, config))
         return json.loads((config.experiment_dir / "metrics.jsonl").read_text().splitlines()[-1])["photos_per_second"]
 
-    memory: list[float] = []
-    yield from in_turns(setting, epoch, "a training epoch, train.py", "photos/s")
-    if setting.device.type == "cpu":
-        yield Row("the most memory that it held", "MiB", memory[:: len(setting.checkouts)])
+    yield from in_turns(setting, epoch, "a training epoch, train.py")
 
 
-def evaluation_stage(setting: Setting) -> Iterator[Row]:
+def evaluation_stage(setting: Setting) -> Rows:
     """evaluate.py by its own clock, with and without pictures."""
     config = replace(setting.config, n_epochs=1, exp_name="evaluated")
     cfg = write_config(setting, config)
@@ -253,20 +218,7 @@ def evaluation_stage(setting: Setting) -> Iterator[Row]:
             record = json.loads((config.experiment_dir / "evaluation" / "last" / "scores.json").read_text())
             return record["photos"] / record["seconds"]
 
-        yield from in_turns(setting, evaluate, title, "photos/s")
-
-
-def encoding_stage(setting: Setting) -> Iterator[Row]:
-    """tools/dataset_hie_enc.py as a whole, with its start; what the values mean was checked when they were encoded."""
-    masks, config = setting.config.data_dir / "gt_masks", setting.config
-    places = [f"hierarchy={config.hierarchy_file}", "--gtdatadir", masks, "--imgdir", config.images_dir]
-    command = [*places, "--assume-order", "--save_dir"]
-    times = [
-        run(REPOSITORY, "tools/dataset_hie_enc.py", *command, setting.folder / f"encoded{n}")[0]
-        for n in range(setting.rounds)
-    ]
-    count = sum(1 for _ in masks.iterdir())
-    yield Row("encoding, dataset_hie_enc.py with its start", "masks/s", [count / taken for taken in times])
+        yield from in_turns(setting, evaluate, title)
 
 
 def write_config(setting: Setting, config: Config) -> Path:
@@ -275,13 +227,12 @@ def write_config(setting: Setting, config: Config) -> Path:
     return path
 
 
-STAGES: dict[str, Callable[[Setting], Iterator[Row]]] = {
+STAGES: dict[str, Callable[[Setting], Rows]] = {
     "step": step_stage,
     "loss": loss_stage,
     "loading": loading_stage,
     "epoch": epoch_stage,
     "evaluation": evaluation_stage,
-    "encoding": encoding_stage,
 }
 
 

@@ -7,7 +7,7 @@ touches data is at least one kernel launch. Its bytes are those of the tensors i
 with a large cache moves less, one that needs workspaces moves more.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -32,35 +32,12 @@ CARDS = {
 WITHOUT_LAUNCH = {"detach", "_unsafe_view", "lift_fresh", "empty", "empty_like", "promote_types", "aminmax"}
 
 
-@dataclass
-class Part:
-    """What one part of a step asks for."""
-
-    operations: list[tuple[int, int]] = field(default_factory=list)  # (bytes, FLOPs) of each
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for size, _ in self.operations)
-
-    @property
-    def flops(self) -> int:
-        return sum(flops for _, flops in self.operations)
-
-    def seconds(self, peak: float, bandwidth: float) -> float:
-        """No card of that peak and bandwidth is faster, one operation after the other."""
-        return sum(max(size / bandwidth, flops / peak) for size, flops in self.operations)
-
-
 class Counter(TorchDispatchMode):
-    """Adds every operation that touches data to the part that is being counted."""
+    """Lists bytes and FLOPs of every operation that touches data."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: dict[str, Part] = {}
-        self.current = Part()
-
-    def enter(self, name: str) -> None:
-        self.current = self.parts.setdefault(name, Part())
+        self.operations: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -73,12 +50,16 @@ class Counter(TorchDispatchMode):
             distinct = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
-            self.current.operations.append((sum(distinct.values()), flops))
+            self.operations.append((sum(distinct.values()), flops))
         return result
 
+    def seconds(self, peak: float, bandwidth: float) -> float:
+        """No card of that peak and bandwidth is faster, one operation after the other."""
+        return sum(max(size / bandwidth, flops / peak) for size, flops in self.operations)
 
-def count_step(config: Config) -> dict[str, Part]:
-    """The parts of one step of `Learner`, of batch_size crops of crop_size."""
+
+def count_step(config: Config) -> Counter:
+    """One step of `Learner`, of batch_size crops of crop_size."""
     hierarchy, shape = load_hierarchy(config), (config.batch_size, config.crop_size, config.crop_size)
     ones = [1] * hierarchy.num_nodes
     counts = SimpleNamespace(pixels=ones, labelled=ones)
@@ -86,49 +67,25 @@ def count_step(config: Config) -> dict[str, Part]:
     learner.set_train_mode(is_frozen=False)
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         images, labels = torch.zeros(shape[0], 3, *shape[1:]), torch.zeros(shape, dtype=torch.uint8)
-        watch(learner, counter)
         for _ in range(2):  # momentum and tables are made in the first step
-            counter.parts.clear()
-            counter.enter("batch")
+            counter.operations.clear()
             learner.step([Sample(images, labels, torch.arange(shape[0]), [""] * shape[0])], config.lr)
-    return counter.parts
-
-
-def watch(learner: Learner, counter: Counter) -> None:
-    """Tells the counter where a step is."""
-    network, criterion = learner.trained, learner.criterion
-
-    def forward(images: Tensor) -> Tensor:
-        counter.enter("network, forward")
-        logits = network(images)
-        counter.enter("loss, forward")
-        logits.register_hook(lambda _: counter.enter("network, backward, and gradient norm"))
-        return logits
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        value = criterion(logits, labels)
-        counter.enter("loss, backward")
-        return value
-
-    learner.trained, learner.criterion = forward, loss
-    learner.optimizer.register_step_pre_hook(lambda *_: counter.enter("optimiser, averaged weights"))
+    return counter
 
 
 def plan_table(config: Config) -> str:
-    """Markdown: a row for each part, and for the whole step."""
-    parts = count_step(config)
-    whole = Part([operation for part in parts.values() for operation in part.operations])
+    """Markdown: what a step asks for, and a row for each card."""
+    counter = count_step(config)
+    moved, flops = map(sum, zip(*counter.operations, strict=True))
     lines = [
         f"One step of {config.exp_name}: {config.encoder}, {config.criterion}, {config.batch_size} crops of "
-        f"{config.crop_size}, bf16, not compiled; each card takes at least",
+        f"{config.crop_size}, bf16, not compiled: {len(counter.operations)} launches, {moved / 1e9:.2f} GB moved, "
+        f"{flops / 1e12:.3f} TFLOP.",
         "",
-        f"| | launches | GB moved | TFLOP | {' | '.join(CARDS)} |",
-        f"|---|{'---:|' * (3 + len(CARDS))}",
+        "| card | a step takes at least | photos/s at most |",
+        "|---|---:|---:|",
     ]
-    for name, part in (parts | {"**whole step**": whole}).items():
-        bounds = [f"{1e3 * part.seconds(*card):.1f} ms" for card in CARDS.values()]
-        numbers = [str(len(part.operations)), f"{part.bytes / 1e9:.2f}", f"{part.flops / 1e12:.3f}", *bounds]
-        lines.append(f"| {name} | {' | '.join(numbers)} |")
-    rates = [f"{config.batch_size / whole.seconds(*card):.0f} photos/s" for card in CARDS.values()]
-    lines.append(f"| at most | | | | {' | '.join(rates)} |")
+    for card, speed in CARDS.items():
+        seconds = counter.seconds(*speed)
+        lines.append(f"| {card} | {1e3 * seconds:.1f} ms | {config.batch_size / seconds:.0f} |")
     return "\n".join(lines)
