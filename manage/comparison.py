@@ -7,6 +7,7 @@ many comparisons finds something by chance, so their number is allowed for (Holm
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from configs.config import FIELDS, REPOSITORY, RESUMABLE_CHANGES
+from configs.config import REPOSITORY, RESUMABLE_CHANGES
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
-from utils.metrics import scores_from_confusion, severities
+from utils.metrics import severities
 
 RESAMPLES = 10_000  # so that p can be small enough for a hundred comparisons
 SEVERITY = "mistake_severity"  # where less is better
@@ -38,12 +38,12 @@ class Experiment:
     """One evaluated experiment, as its folder holds it."""
 
     folder: Path
-    config: dict[str, Any]  # what it was trained with, and how it was decoded
+    config: dict[str, Any]  # what it was trained with and how it was decoded; and `processes`, which scale the batch
     record: dict[str, Any]  # scores.json
     curves: list[dict[str, Any]]  # metrics.jsonl, one record an epoch
+    starts: list[dict[str, Any]]  # environment.json, one record for each start and resume
     ids: list[str]
-    matrices: np.ndarray  # (P, N, N) int32, decoded by `rule`: label, predicted leaf
-    rule: str
+    matrices: np.ndarray  # (P, N, N) int32: label, predicted leaf
 
     @property
     def name(self) -> str:
@@ -53,35 +53,14 @@ class Experiment:
     def seed(self) -> int:
         return self.config["seed"]
 
-    @property
-    def train_seconds(self) -> float | None:
-        return self.curves[-1].get("train_seconds") if self.curves else None
-
     @cached_property
     def hierarchy(self) -> Hierarchy:
         return Hierarchy.from_dict(self.record["tree"], f"{self.folder}, its tree")
 
-    @cached_property
-    def levels(self) -> list[dict[str, Any]]:
-        """The IoU of every class of each level under `rule`."""
-        total = torch.from_numpy(self.matrices.sum(axis=0, dtype=np.int64))
-        return scores_from_confusion(total, self.hierarchy)["levels"]
-
     @property
-    def scores(self) -> dict[str, float | None]:
-        return self.record["rules"][self.rule]
-
-    @cached_property
-    def starts(self) -> list[dict[str, Any]]:
-        """environment.json: one record for each start and resume of the training."""
-        path = self.folder / "environment.json"
-        return read_json(path) if path.is_file() else []
-
-    @property
-    def processes(self) -> int | list[int]:
-        """How many trained it, batch_size being of each; a list where a resume changed it, 1 where nothing is said."""
-        counts = list(dict.fromkeys(start.get("processes", 1) for start in self.starts)) or [1]
-        return counts[0] if len(counts) == 1 else counts
+    def compared(self) -> dict[str, Any]:
+        """What two seeds of one config have in common."""
+        return {key: value for key, value in self.config.items() if key not in NOT_COMPARED}
 
     def said(self, key: str) -> str:
         """What the records of every start, resume and the evaluation say of `key` (such as commit), each value once."""
@@ -100,7 +79,7 @@ class Group:
         return [experiment.seed for experiment in self.experiments]
 
     def values(self, name: str) -> list[float | None]:
-        return [experiment.scores.get(name) for experiment in self.experiments]
+        return [experiment.record["scores"].get(name) for experiment in self.experiments]
 
 
 @dataclass(frozen=True)
@@ -163,66 +142,34 @@ class Comparison:
         return [experiment for group in self.groups for experiment in group.experiments]
 
 
-def load_experiment(name: str | Path, evaluation: str = "best", rule: str | None = None) -> Experiment:
-    """An experiment by folder, or by name under experiments/; `rule` None: as it was evaluated.
+def load_experiment(name: str | Path, evaluation: str = "best") -> Experiment:
+    """An experiment by folder, or by name under experiments/, as it was evaluated.
 
-    Raises: UserError for a folder that is no experiment, an evaluation that is missing, damaged or of another one.
+    Raises: UserError for a folder that is no experiment, an evaluation that is missing or damaged.
     """
-    folder = _find_folder(name)
-    scored = folder / "evaluation" / evaluation
-    config = folder / "configs" / f"{folder.name}.json"
-    command = f"python evaluate.py --cfg {config} --checkpoint {evaluation} --decode all --no-pictures"
-    if not (scored / "scores.json").is_file() or not (scored / "photos.npz").is_file():
-        raise UserError(
-            f"{folder}: has no evaluation {evaluation!r}{_listing(folder / 'evaluation')}. Make it: {command}"
-        )
-    record = read_json(scored / "scores.json")
-    owner = record["config"]["exp_name"]
-    if not config.with_name(f"{owner}.json").is_file():  # the folder itself may have been renamed
-        raise UserError(f"{scored}: holds scores of {owner!r}, not of {folder.name!r}; make its own: {command}")
-    rule = rule or record["decode"]
-    ids, matrices = _read_photos(scored / "photos.npz", rule)
-    if len(ids) != record["photos"]:
-        raise UserError(f"{scored}: scores.json is about {record['photos']} photos, photos.npz about {len(ids)}")
-    config = record["config"] | {"decode": rule, "root_bias": record["root_bias"] if rule == record["decode"] else {}}
-    return Experiment(folder, config, record, _read_curves(folder / "metrics.jsonl"), ids, matrices, rule)
-
-
-def _find_folder(name: str | Path) -> Path:
     places = [Path(name), REPOSITORY / "experiments" / name]
-    for folder in places:
-        if (folder / "configs").is_dir():
-            return folder.resolve()
-    raise UserError(
-        f"{name}: no such experiment (looked for {' and '.join(map(str, places))}, with configs/ inside)"
-        f"{_listing(REPOSITORY / 'experiments')}"
-    )
-
-
-def _read_photos(path: Path, rule: str) -> tuple[list[str], np.ndarray]:
+    folder = next((place.resolve() for place in places if (place / "configs").is_dir()), None)
+    if folder is None:
+        raise UserError(f"{name}: no such experiment (looked for {places[0]} and {places[1]}, with configs/ inside)")
+    scored, curves, starts = folder / "evaluation" / evaluation, folder / "metrics.jsonl", folder / "environment.json"
+    if not (scored / "scores.json").is_file() or not (scored / "photos.npz").is_file():
+        there = sorted(path.name for path in scored.parent.glob("*/")) or ["nothing"]
+        raise UserError(
+            f"{folder}: has no evaluation {evaluation!r} (evaluation/ holds {', '.join(there)}). Make it: python "
+            f"evaluate.py --cfg {folder}/configs/{folder.name}.json --checkpoint {evaluation} --no-pictures"
+        )
+    record, starts = read_json(scored / "scores.json"), read_json(starts) if starts.is_file() else []
     try:
-        with np.load(path, allow_pickle=False) as photos:
-            arrays = {name: photos[name] for name in photos.files if name in ("ids", rule)}
-            rules = [name for name in photos.files if name != "ids"]
+        with np.load(scored / "photos.npz", allow_pickle=False) as photos:
+            ids, matrices = photos["ids"].tolist(), photos[record["decode"]]
+        lines = curves.read_text(encoding="utf-8").splitlines() if curves.is_file() else []
+        curves = [json.loads(line) for line in lines]
     except Exception as error:  # a damaged archive raises many kinds
-        raise UserError(f"{path}: damaged ({error}); run evaluate.py again") from None
-    if rule not in arrays or "ids" not in arrays:
-        raise UserError(f"{path}: was decoded by {', '.join(rules)}, not by {rule!r}; evaluate with --decode all")
-    return arrays["ids"].tolist(), arrays[rule]
-
-
-def _read_curves(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); expected one JSON object a line") from None
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return f"; {folder} holds {', '.join(names[:12])}" if names else ""
+        raise UserError(f"{scored}/photos.npz or {curves}: damaged ({error}); run evaluate.py again") from None
+    processes = list(dict.fromkeys(start.get("processes", 1) for start in starts)) or [1]
+    config = record["config"] | {key: record[key] for key in ("decode", "root_bias")}
+    config["processes"] = processes[0] if len(processes) == 1 else processes
+    return Experiment(folder, config, record, curves, starts, ids, matrices)
 
 
 def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, names: Mapping | None = None) -> Comparison:
@@ -266,47 +213,27 @@ def check_comparable(experiments: Sequence[Experiment]) -> None:
 
 
 def group_by_config(
-    experiments: Sequence[Experiment], given: Mapping[str, str]
+    experiments: Sequence[Experiment], names: Mapping[str, str]
 ) -> tuple[list[Group], dict[str, list[Any]]]:
-    """The groups, in the order given, and the config keys in which they differ; `processes` counts as one."""
+    """The groups, in the order given, and the config keys in which they differ."""
     by_config: dict[str, list[Experiment]] = {}
     for experiment in experiments:
-        by_config.setdefault(json.dumps(_compared(experiment), sort_keys=True), []).append(experiment)
-    sets = list(by_config.values())
-    texts = {
-        key: {json.dumps(_compared(s[0]).get(key), sort_keys=True) for s in sets} for key in (*FIELDS, "processes")
-    }
-    keys = [key for key in texts if len(texts[key]) > 1]
-    labels = [given.get(s[0].name, label) for s, label in zip(sets, _labels(sets, keys), strict=True)]
-    groups = [group for label, members in zip(labels, sets, strict=True) for group in _split_repeats(label, members)]
-    return groups, {key: [_compared(group.experiments[0]).get(key) for group in groups] for key in keys}
-
-
-def _labels(sets: Sequence[Sequence[Experiment]], keys: Sequence[str]) -> list[str]:
-    """What tells the groups apart, in as few keys as do it."""
-    keys = sorted(keys or ["criterion"], key=lambda key: key != "criterion")  # the objective says most
-    values, labels = [_compared(members[0]) for members in sets], [""] * len(sets)
-    for count in range(1, len(keys) + 1):
-        if len(set(labels)) < len(sets) or count == 1:
-            labels = [", ".join(_short(key, value.get(key)) for key in keys[:count]) for value in values]
-    return labels
-
-
-def _split_repeats(label: str, members: Sequence[Experiment]) -> list[Group]:
-    """One group; or, where a seed ran twice, one for each experiment: repeats are not seeds."""
-    if len({member.seed for member in members}) == len(members):
-        return [Group(label, tuple(members))]
-    return [Group(member.name, (member,)) for member in members]
-
-
-def _compared(experiment: Experiment) -> dict[str, Any]:
-    """What two seeds of one config have in common: its keys, and the number of processes, which scales the batch."""
-    config = {key: value for key, value in experiment.config.items() if key not in NOT_COMPARED}
-    return config | {"processes": experiment.processes}
-
-
-def _short(key: str, value: Any) -> str:
-    return criterion_name(value) if key == "criterion" else f"{key} {value if value is not None else 'null'}"
+        by_config.setdefault(json.dumps(experiment.compared, sort_keys=True), []).append(experiment)
+    sets = []
+    for members in by_config.values():  # a seed that ran twice is no other seed
+        is_repeat = len({member.seed for member in members}) < len(members)
+        sets += [[member] for member in members] if is_repeat else [members]
+    values = [members[0].compared for members in sets]
+    differing = {key: [value.get(key) for value in values] for key in dict.fromkeys(itertools.chain(*values))}
+    differing = {key: column for key, column in differing.items() if any(value != column[0] for value in column)}
+    labels = [criterion_name(value["criterion"]) for value in values]
+    for key, column in differing.items():
+        if key != "criterion" and len(set(labels)) < len(labels):
+            labels = [f"{label}, {key} {json.dumps(value)}" for label, value in zip(labels, column, strict=True)]
+    if len(set(labels)) < len(labels):
+        labels = [members[0].name for members in sets]
+    labels = [names.get(members[0].name, label) for members, label in zip(sets, labels, strict=True)]
+    return [Group(label, tuple(members)) for label, members in zip(labels, sets, strict=True)], differing
 
 
 def criterion_name(criterion: str | Mapping[str, float]) -> str:

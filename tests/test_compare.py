@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 from configs.config import Config, save_config
-from manage.charts import COLOURS, Interval, interval_chart, line_chart
+from manage.charts import COLOURS, Interval, interval_chart
 from manage.comparison import (
     Comparison,
     Difference,
@@ -238,11 +237,10 @@ OTHER_TREE = Hierarchy.load(REPO / "configs" / "hierarchies" / "synthetic_deep.j
     [
         (lambda ours, _: shutil.rmtree(ours / SCORED), r"python evaluate.py --cfg .*bce.json --checkpoint best"),
         (lambda ours, _: shutil.rmtree(ours), "no such experiment"),
-        (lambda ours, _: (ours / SCORED / "photos.npz").write_bytes(b"PK"), r"photos.npz: damaged"),
+        (lambda ours, _: (ours / SCORED / "photos.npz").write_bytes(b"PK"), r"photos.npz or .*: damaged"),
         (lambda ours, _: (ours / SCORED / "scores.json").write_bytes(b"{"), r"scores.json, line 1: not valid JSON"),
         (lambda ours, _: (ours / "metrics.jsonl").write_bytes(b"{"), r"metrics.jsonl: damaged"),
-        (lambda ours, theirs: shutil.copy(theirs / SCORED / "scores.json", ours / SCORED), "holds scores of 'sum'"),
-        (lambda ours, _: change_scores(ours, photos=39), "is about 39 photos, photos.npz about 40"),
+        (lambda ours, _: change_scores(ours, decode="prob_sum"), "photos.npz or .*: damaged .*prob_sum"),
         (lambda ours, _: change_scores(ours, tree=OTHER_TREE), "their trees differ"),
         (lambda ours, _: change_photos(ours, ids=lambda ids: ids[::-1]), r"other photos, .*in another order"),
         (lambda ours, _: change_photos(ours, ids=lambda ids: np.append(ids[1:], "x")), "such as photo0, in one of"),
@@ -261,8 +259,6 @@ def test_one_experiment_is_read_as_it_was_evaluated_and_may_be_renamed(tmp_path:
     folder = fake_experiment(tmp_path, tree, "bce", 0.5)
     with pytest.raises(UserError, match="given twice"):
         compared([folder, folder])
-    with pytest.raises(UserError, match="was decoded by logit_sum, leaf"):
-        load_experiment(folder, rule="prob_sum")
     assert load_experiment(folder.rename(folder.with_name("bce.old"))).name == "bce"
 
 
@@ -281,12 +277,11 @@ def written(tmp_path_factory: pytest.TempPathFactory, tree: Hierarchy) -> Path:
 
 def test_every_report_is_written(written: Path) -> None:
     reports = [f"comparison.{kind}" for kind in ("html", "json", "md", "tex")]
-    curves = [f"comparison_{curve}.png" for curve in ("differences", "loss_train", "mIoU1", "mIoU2", "mIoU3")]
-    assert sorted(path.name for path in written.iterdir()) == sorted(reports + curves)
+    assert sorted(path.name for path in written.iterdir()) == sorted([*reports, "comparison_differences.png"])
     record = json.loads((written / "comparison.json").read_text())
     assert [group["seeds"] for group in record["groups"]] == [[0, 1, 2], [0, 1, 2], [0]]
     assert len(record["differences"]) == 8
-    assert record["runs"][0].keys() >= {"rules", "classes", "commit", "train_seconds", "decode"}
+    assert record["runs"][0].keys() >= {"rules", "classes", "commit", "decode"}
 
 
 def test_the_markdown_holds_well_formed_tables_and_the_scores(written: Path) -> None:
@@ -294,7 +289,7 @@ def test_the_markdown_holds_well_formed_tables_and_the_scores(written: Path) -> 
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
     mean, spread = mean_and_spread(
-        [load_experiment(written.parent / f"experiments/bce_seed{s}").scores["mIoU1"] for s in range(3)]
+        [load_experiment(written.parent / f"experiments/bce_seed{s}").record["scores"]["mIoU1"] for s in range(3)]
     )
     assert f"| bce | 3 | logit_sum | {100 * mean:.2f} ± {100 * spread:.2f} |" in text
     assert "hold for all 8 comparisons" in text
@@ -309,7 +304,7 @@ def test_the_latex_tables_are_well_formed_and_the_page_needs_no_other_file(writt
     assert " $\\pm$ " in text
     for table in text.split("\\begin{tabular}")[1:]:
         assert len({line.count(" & ") for line in table.splitlines() if line.endswith("\\\\")}) == 1
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 1
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
@@ -325,29 +320,19 @@ def colours_in(path: Path) -> set[str]:
     return {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in picture.getcolors(1 << 24)}
 
 
-def test_charts_show_each_line_and_each_clear_difference_in_its_colour(tmp_path: Path) -> None:
-    path = tmp_path / "chart.png"
-    line_chart({"a": [(1, 1), (2, 2), (3, math.nan)], "b": [(1, 2), (2, 1)]}, path)
-    assert set(COLOURS[:2]) <= colours_in(path)
+def test_a_clear_difference_stands_in_its_colour(tmp_path: Path) -> None:
     rows = {
         Interval("better", 2, 1, 3, (1.5, 2.5), True): {COLOURS[0]},
         Interval("worse", -2, -3, -1, (), True): {COLOURS[1]},
         Interval("unclear", 2, 1, 3, (), False): set(),  # the photos say so, the seeds do not
     }
     for row, colours in rows.items():
-        interval_chart({"a": [row]}, path)
-        assert set(COLOURS[:2]) & colours_in(path) == colours
-    for draw in (lambda: line_chart({"a": [(1, math.nan)]}, path), lambda: interval_chart({}, path)):
-        with pytest.raises(ValueError, match="nothing to draw"):
-            draw()
+        interval_chart({"a": [row]}, tmp_path / "chart.png", "title", "points")
+        assert set(COLOURS[:2]) & colours_in(tmp_path / "chart.png") == colours
 
 
-def test_without_matplotlib_only_the_charts_are_missing_and_it_says_so(runs, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_without_matplotlib_only_the_chart_is_missing_and_it_says_so(runs, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     tool.write_report(compared(runs), tmp_path / "out", "comparison", "title")
-    assert not [*(tmp_path / "out").glob("*_mIoU1.png")]
-    for text in (capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text()):
-        assert "pip install -r requirements-charts.txt" in text
-    with pytest.raises(UserError, match="requirements-charts"):
-        line_chart({"a": [(1, 1), (2, 2)]}, tmp_path / "chart.png")
+    assert not [*(tmp_path / "out").glob("*.png")]
+    assert "pip install -r requirements-charts.txt" in capsys.readouterr().out

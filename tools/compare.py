@@ -1,13 +1,12 @@
-"""Compares evaluated experiments: configs, scores, differences with their uncertainty, curves, photos.
+"""Compares evaluated experiments: configs, scores, differences with their uncertainty, photos.
 
     python tools/compare.py hseg_bce_100 hseg_tree_min_100
-    python tools/compare.py experiments/bce_seed* experiments/tree_min_seed* --out outputs/losses
-    python tools/compare.py a b --evaluation last --decode leaf
+    python tools/compare.py experiments/bce_seed* experiments/tree_min_seed* --evaluation last --out outputs/losses
 
-Experiments that differ only in their seed, trained by equally many processes, form a group; the first is the
-baseline. Writes comparison.html (one file, pictures inside), comparison.md (ready for a README), comparison.tex,
-comparison.json, a picture of each curve, and the photos on which the networks differ most. The evaluations are those
-of evaluate.py.
+Experiments that differ only in their seed, trained by equally many processes, form a group; all others are compared
+with the first. Writes comparison.html (one file, pictures inside), comparison.md (ready for a README), comparison.tex,
+comparison.json, and the photos on which the networks differ most. The evaluations are those of evaluate.py, decoded as
+they were there. TensorBoard shows the curves.
 """
 
 import argparse
@@ -27,12 +26,13 @@ import numpy as np
 from PIL import Image
 
 from configs.config import DECODE_RULES
-from manage.charts import MISSING, Interval, can_draw, interval_chart, line_chart
+from manage import charts
 from manage.comparison import (
     CONFIDENCE,
     SEVERITY,
     Comparison,
     Experiment,
+    Group,
     compare,
     load_experiment,
     mean_and_spread,
@@ -48,16 +48,21 @@ from utils.images import read_labels, read_photo
 
 PHOTOS = 6  # side by side
 
+Heading = namedtuple("Heading", "text")
+Items = namedtuple("Items", "sentences")  # plain, one a line
+Table = namedtuple("Table", "header rows")  # the first column names, the others are numbers
+Picture = namedtuple("Picture", "title path")
+Block = Heading | Items | Table | Picture
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", metavar="EXP", help="an experiment's folder, or name")
     parser.add_argument("--out", type=Path, default="outputs/comparison", metavar="D", help="default: %(default)s")
     parser.add_argument("--evaluation", default="best", metavar="E", help="best, last, ...: which evaluation")
-    parser.add_argument("--decode", choices=DECODE_RULES, help="another rule; default: as each was evaluated")
     arguments = parser.parse_args()
     bar = progress(arguments.experiments, desc="read", leave=False)
-    experiments = [load_experiment(name, arguments.evaluation, arguments.decode) for name in bar]
+    experiments = [load_experiment(name, arguments.evaluation) for name in bar]
     write_report(compare(experiments), arguments.out, "comparison", "Comparison")
 
 
@@ -66,37 +71,32 @@ def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes
 
     Raises: UserError when `out` cannot be written.
     """
-    for line in [*in_columns(score_table(comparison)), *(d.sentence for d in comparison.differences)]:
-        print(line)
+    scores, differences = score_table(comparison), difference_table(comparison)
+    widths = [max(map(len, column)) for column in zip(scores.header, *scores.rows, strict=True)]
+    for name, *cells in (scores.header, *scores.rows):
+        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+    for difference in comparison.differences:
+        print(difference.sentence)
+    if not charts.can_draw():
+        print(f"without its chart: {charts.MISSING}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         blocks = report(comparison, title, notes, out / stem)
         write_whole(to_html(blocks, title), out / f"{stem}.html")
         write_whole(to_markdown(blocks), out / f"{stem}.md")
-        tables = [block for block in blocks if isinstance(block, Table)][: 2 if comparison.differences else 1]
-        write_whole("\n".join(map(to_latex, tables)), out / f"{stem}.tex")
+        write_whole("\n".join(to_latex(table) for table in (scores, differences) if table.rows), out / f"{stem}.tex")
         write_json(to_record(comparison) | {"notes": list(notes)}, out / f"{stem}.json")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
-    if not can_draw():
-        print(f"without its charts: {MISSING}")
     print(f"wrote {out / stem}.html, .md, .tex and .json")
-
-
-Heading = namedtuple("Heading", "text")
-Items = namedtuple("Items", "sentences")  # plain, one a line
-Table = namedtuple("Table", "header rows")  # the first column names, the others are numbers
-Picture = namedtuple("Picture", "title path")
-Block = Heading | Items | Table | Picture
 
 
 def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path) -> list[Block]:
     """The whole report; its pictures are drawn to files whose names begin with `path`."""
-    photos = len(comparison.experiments[0].ids)
-    seeds = "mean ± standard deviation over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else "one seed"
+    groups, photos = comparison.groups, len(comparison.experiments[0].ids)
+    seeds = "mean ± standard deviation over seeds" if any(len(g.seeds) > 1 for g in groups) else "one seed"
     about = f"Percent on {photos:,} whole val photos, {seeds}. mIoU is without background, mistake severity a height."
-    notes = [*notes, about, *([] if can_draw() else [f"Without its charts: {MISSING}."])]
-    blocks: list[Block] = [Heading(title), Items(notes), score_table(comparison)]
+    blocks: list[Block] = [Heading(title), Items([*notes, about]), score_table(comparison)]
     if comparison.differences:
         method = (
             "Differences in points; those of the severity in heights, where less is better. Intervals are from a "
@@ -105,32 +105,27 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
             f"0, p, adjusted in the same way, is below {1 - CONFIDENCE:.2f}, and all seeds agree in sign."
         )
         blocks += [Heading("Differences"), *draw_differences(comparison, path), difference_table(comparison)]
-        blocks += [Items([method])]
-    if len(comparison.groups) > 1:
-        blocks += side_by_side(comparison, path)
+        blocks += [Items([method]), *side_by_side(comparison, path)]
     for level, name in enumerate(comparison.hierarchy.level_names):
-        blocks += [Heading(f"IoU per class: {name}"), class_table(comparison, level)]
-    blocks += [*rule_table(comparison), *draw_curves(comparison, path)]
+        blocks += [Heading(f"IoU per class: {name}"), class_table(groups, level)]
+    blocks += [Heading("Decoding rules (mIoU1)"), rule_table(comparison)]
     if comparison.differing:
-        rows = [[key, *(json.dumps(value) for value in values)] for key, values in comparison.differing.items()]
-        header = ["key", *(group.label for group in comparison.groups)]
-        blocks += [Heading("What differs in the configs"), Table(header, rows)]
+        rows = [[key, *map(json.dumps, values)] for key, values in comparison.differing.items()]
+        blocks += [Heading("What differs in the configs"), Table(["key", *(g.label for g in groups)], rows)]
     return [*blocks, Heading("Runs"), run_table(comparison)]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
 def score_table(comparison: Comparison) -> Table:
     """All scores; in percent, but that mistakes are as severe as they are high up the tree."""
-    names = list(comparison.experiments[0].scores)
+    names = list(comparison.experiments[0].record["scores"])
     titles = [name.replace("_with_background", " with bg").replace("_", " ") for name in names]
-    rows = [
-        [
-            group.label,
-            str(len(group.seeds)),
-            group.experiments[0].rule,
-            *(_mean(group.values(n), unit(n)) for n in names),
-        ]
-        for group in comparison.groups
-    ]
+    rows = []
+    for group in comparison.groups:
+        scores = [_mean(group.values(name), unit(name)) for name in names]
+        rows.append([group.label, str(len(group.seeds)), group.experiments[0].config["decode"], *scores])
     return Table(["", "seeds", "decoded by", *titles], rows)
 
 
@@ -144,56 +139,32 @@ def difference_table(comparison: Comparison) -> Table:
     return Table(header, rows)
 
 
-def class_table(comparison: Comparison, level: int) -> Table:
+def class_table(groups: Sequence[Group], level: int) -> Table:
     rows = []
-    for name in comparison.experiments[0].levels[level]["IoU"]:
-        values = [[e.levels[level]["IoU"][name] for e in group.experiments] for group in comparison.groups]
+    for name in groups[0].experiments[0].record["levels"][level]["IoU"]:
+        values = [[e.record["levels"][level]["IoU"][name] for e in group.experiments] for group in groups]
         rows.append([name, *map(_mean, values)])
-    return Table(["class", *(group.label for group in comparison.groups)], rows)
+    return Table(["class", *(group.label for group in groups)], rows)
 
 
-def rule_table(comparison: Comparison) -> list[Block]:
-    """mIoU1 of each group under each decoding rule that all were scored with, if these are several."""
+def rule_table(comparison: Comparison) -> Table:
+    """mIoU1 of each group under each decoding rule that all were scored with."""
     shared = [r for r in DECODE_RULES if all(r in e.record["rules"] for e in comparison.experiments)]
     rows = []
     for group in comparison.groups:
         values = [[e.record["rules"][rule]["mIoU1"] for e in group.experiments] for rule in shared]
         rows.append([group.label, *map(_mean, values)])
-    return [Heading("Decoding rules (mIoU1)"), Table(["", *shared], rows)] if len(shared) > 1 else []
+    return Table(["", *shared], rows)
 
 
 def run_table(comparison: Comparison) -> Table:
     rows = []
     for e in comparison.experiments:
-        minutes = "-" if e.train_seconds is None else f"{e.train_seconds / 60:.1f}"
+        seconds = e.curves[-1].get("train_seconds") if e.curves else None
+        minutes = "-" if seconds is None else f"{seconds / 60:.1f}"
         epoch = f"{e.record['epoch']} of {e.config['n_epochs']}"
         rows.append([e.name, str(e.seed), epoch, minutes, e.said("commit"), e.said("hardware")])
     return Table(["run", "seed", "epoch", "train minutes", "commit", "hardware"], rows)
-
-
-def to_record(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain JSON types; scores in [0, 1]."""
-    differences = [vars(d) | {"verdict": d.verdict, "sentence": d.sentence} for d in comparison.differences]
-    differences = [{k: None if v != v else v for k, v in record.items()} for record in differences]  # NaN is no JSON
-    groups, runs = [], []
-    for group in comparison.groups:
-        spreads = {name: mean_and_spread(group.values(name)) for name in group.experiments[0].scores}
-        scores = {name: {"mean": mean, "std": spread} for name, (mean, spread) in spreads.items()}
-        names = [e.name for e in group.experiments]
-        groups.append({"name": group.label, "runs": names, "seeds": group.seeds, "scores": scores})
-        for e in group.experiments:
-            classes = {f"level{n}": level["IoU"] for n, level in enumerate(e.levels, start=1)}
-            own = {"name": e.name, "seed": e.seed, "decode": e.rule, "rules": e.record["rules"], "classes": classes}
-            runs.append(own | {"train_seconds": e.train_seconds, "commit": e.said("commit")})
-    counts = {"photos": len(comparison.experiments[0].ids)}
-    return counts | {"groups": groups, "differences": differences, "runs": runs}
-
-
-def in_columns(table: Table) -> list[str]:
-    """For a terminal."""
-    lines = [table.header, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
 
 
 def _mean(values: Sequence[float | None], factor: float = 100) -> str:
@@ -202,43 +173,41 @@ def _mean(values: Sequence[float | None], factor: float = 100) -> str:
     return "-" if mean is None else mean if spread is None else f"{mean} ± {spread}"
 
 
+def to_record(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as plain JSON types; scores in [0, 1]."""
+    differences = [vars(d) | {"verdict": d.verdict, "sentence": d.sentence} for d in comparison.differences]
+    differences = [{k: None if v != v else v for k, v in record.items()} for record in differences]  # NaN is no JSON
+    groups, runs = [], []
+    for group in comparison.groups:
+        spreads = {name: mean_and_spread(group.values(name)) for name in group.experiments[0].record["scores"]}
+        scores = {name: {"mean": mean, "std": spread} for name, (mean, spread) in spreads.items()}
+        names = [e.name for e in group.experiments]
+        groups.append({"name": group.label, "runs": names, "seeds": group.seeds, "scores": scores})
+        for e in group.experiments:
+            classes = {f"level{level['level']}": level["IoU"] for level in e.record["levels"]}
+            own = {"name": e.name, "seed": e.seed, "commit": e.said("commit"), "decode": e.config["decode"]}
+            runs.append(own | {"rules": e.record["rules"], "classes": classes})
+    counts = {"photos": len(comparison.experiments[0].ids)}
+    return counts | {"groups": groups, "differences": differences, "runs": runs}
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
 def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
     """Each group against the first at each level: difference, interval over photos, a ring for each seed."""
-    rows: dict[str, list[Interval]] = {}
+    rows: dict[str, list[charts.Interval]] = {}
     for d in comparison.differences:
         if d.score != SEVERITY and all(map(math.isfinite, (d.value, d.low, d.high))):
             value, low, high, *seeds = (100 * v for v in (d.value, d.low, d.high, *d.by_seed.values()))
             is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1  # one seed may be any seed
-            rows.setdefault(d.title, []).append(Interval(d.second, value, low, high, seeds, is_clear))
-    if not rows or not can_draw():
+            rows.setdefault(d.title, []).append(charts.Interval(d.second, value, low, high, seeds, is_clear))
+    if not rows or not charts.can_draw():
         return []
     picture = Picture("differences", path.with_name(f"{path.name}_differences.png"))
     about = "bar: interval over photos, for all together; ring: one seed; coloured: better or worse, with several seeds"
-    interval_chart(rows, picture.path, f"difference from {comparison.groups[0].label}", about)
+    charts.interval_chart(rows, picture.path, f"difference from {comparison.groups[0].label}", about)
     return [picture]
-
-
-def draw_curves(comparison: Comparison, path: Path) -> list[Block]:
-    """loss_train and the mIoU of each level: mean over seeds, and their range as a band."""
-    pictures = []
-    for name in ("loss_train", *(f"mIoU{level + 1}" for level in range(comparison.hierarchy.num_levels))):
-        factor, unit = (1, ", each of its own criterion") if name == "loss_train" else (100, " (%), val")
-        bands = {group.label: curve(group.experiments, name, factor) for group in comparison.groups}
-        series = {label: [(epoch, mean) for epoch, mean, _, _ in band] for label, band in bands.items() if band}
-        if series and can_draw():
-            picture = Picture(name, path.with_name(f"{path.name}_{name}.png"))
-            shade = "; shaded: range over seeds" if any(len(g.seeds) > 1 for g in comparison.groups) else ""
-            ranges = {label: [(epoch, low, high) for epoch, _, low, high in band] for label, band in bands.items()}
-            line_chart(series, picture.path, name, "epoch", f"{name}{unit}{shade}", ranges)
-            pictures.append(picture)
-    return [Heading("Curves"), *pictures] if pictures else []
-
-
-def curve(experiments: Sequence[Experiment], name: str, factor: float) -> list[tuple[int, float, float, float]]:
-    """(epoch, mean, lowest, highest) over the seeds, at the epochs that all of them have."""
-    runs = [{r["epoch"]: factor * r[name] for r in e.curves if r.get(name) is not None} for e in experiments]
-    columns = {epoch: [run[epoch] for run in runs] for epoch in sorted(set.intersection(*map(set, runs)))}
-    return [(epoch, sum(c) / len(c), min(c), max(c)) for epoch, c in columns.items()]
 
 
 def side_by_side(comparison: Comparison, path: Path) -> list[Block]:
@@ -265,7 +234,7 @@ def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: S
     rows: list[list[np.ndarray]] = []
     for e in experiments:
         checkpoint = e.folder / "models_checkpoints" / e.record["checkpoint"]
-        predictor = Predictor.load(checkpoint, decode=e.rule)
+        predictor = Predictor.load(checkpoint, decode=e.config["decode"])
         files = find_samples(ids, predictor.config.images_dir, predictor.config.labels_dir)
         if not rows:
             photos = [np.array(read_photo(file.photo)) for file in files]
@@ -274,6 +243,9 @@ def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: S
         for row, file in zip(rows, files, strict=True):
             row.append(visualize.overlay(row[0], predictor.predict_file(file.photo).leaves, e.hierarchy))
     return visualize.gallery(rows, ["photo", "truth", *labels], experiments[0].hierarchy)
+
+
+# ---- formats -----------------------------------------------------------------------------------------------------
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

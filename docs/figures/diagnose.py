@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from configs.config import CRITERIA, REPOSITORY, Config, config_from_dict
-from manage.charts import line_chart
+from docs.figures.lines import line_chart
 from manage.checkpoint import NUMBERED, load_checkpoint
 from manage.comparison import criterion_name
 from manage.data import read_split, train_loader
@@ -197,21 +197,19 @@ def draw(checkpoints: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     return [*paths, *_reliability(by_criterion, node, out)]
 
 
-def _through(own: Sequence[dict[str, Any]], value, factor: float) -> list[tuple[float, float, float, float]]:
-    """(epoch, mean, lowest, highest) over seeds."""
+def _through(own: Sequence[dict[str, Any]], value, factor: float) -> list[tuple[float, float]]:
+    """(epoch, mean over seeds)."""
     by_epoch: dict[int, list[float]] = {}
     for checkpoint in own:
         if (number := value(checkpoint)) is not None:
             by_epoch.setdefault(checkpoint["epoch"], []).append(factor * number)
-    return [(epoch, sum(v) / len(v), min(v), max(v)) for epoch, v in sorted(by_epoch.items())]
+    return [(epoch, sum(v) / len(v)) for epoch, v in sorted(by_epoch.items())]
 
 
-def _chart(series: dict[str, list[tuple[float, float, float, float]]], path: Path, title: str, unit: str) -> list[Path]:
-    lines = {name: [(x, mean) for x, mean, _, _ in band] for name, band in series.items()}
-    bands = {name: [(x, low, high) for x, _, low, high in band] for name, band in series.items()}
-    if not any(lines.values()):
+def _chart(series: dict[str, list[tuple[float, float]]], path: Path, title: str, unit: str) -> list[Path]:
+    if not any(series.values()):
         return []
-    line_chart(lines, path, title, "epoch", unit, bands)
+    line_chart(series, path, title, "epoch", unit)
     return [path]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.config import Config, load_config
-from manage.charts import line_chart
+from docs.figures.lines import line_chart
 from manage.data import read_split
 from manage.network import load_hierarchy
 from utils import visualize

@@ -49,9 +49,8 @@ def main() -> None:
             labels = mask.resize(scaled_size(mask.size, predictor.config.short_side), Image.Resampling.NEAREST)
         counts["truth"] += teeth(np.asarray(labels))
     for what, (changes, single, inside, between) in counts.items():
-        print(
-            f"{what}: {changes:.0f} changes, {single / changes:.1%} of them teeth, inside/between {inside / between:.2f}"
-        )
+        ratio = inside / between
+        print(f"{what}: {changes:.0f} changes, {single / changes:.1%} of them teeth, inside/between {ratio:.2f}")
 
 
 if __name__ == "__main__":
