@@ -59,7 +59,7 @@ def test_of_a_few_train_photos_the_leaves_stay_and_of_all_others_the_halves(
     train, val = (read_ids(sample_data / f"{split}_id.txt") for split in ("train", "val"))
     few = read_ids(out / "train_few.txt")
     assert few == train[::4]
-    assert set(load_encoding(out / "labels", tree).ids) == {*train, *val}
+    assert set(load_encoding(out / "labels", tree).files) == {*train, *val}
     for sample_id in (*train, *val):
         before, after = (
             read_labels(folder / f"{sample_id}.png") for folder in (sample_data / "gt_masks_hie", out / "labels")
