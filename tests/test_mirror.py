@@ -110,7 +110,7 @@ def test_mirrors_survive_the_dict_and_count_as_a_change():
             {"left": "left", "right": "right"},
             r"mirror of node 1 \(left_arm\) is 'right_arm', which is not below 'left'",
         ),
-        ({"left_arm": 2}, "'mirror' must be the name"),
+        ({"left_arm": 2}, "'mirror' is 2; it must be the name"),
     ],
 )
 def test_a_mirror_that_gives_no_tree_is_refused(change, message):

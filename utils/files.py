@@ -1,20 +1,18 @@
 """Files that are whole or not there, names that nothing is lost under, and strict JSON. Standard library only."""
 
 import contextlib
-import errno
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 
 UNFINISHED = ".*.part"  # what a killed process may leave of `write_whole`
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOSYS}
 
 
 def write_whole(data: bytes | str, path: str | Path, previous: Path | None = None, sync: bool = True) -> None:
@@ -40,22 +38,12 @@ def write_whole(data: bytes | str, path: str | Path, previous: Path | None = Non
             beside.unlink(missing_ok=True)
         raise
     if sync:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings a rename to the disk, where the file system can: network disks and Windows cannot, and need not."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-    finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # network disks and Windows cannot bring a rename to the disk, and need not
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -80,22 +68,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def names_aside(paths: Sequence[Path]) -> list[Path]:
-    """A free name beside each path, `<name>.old-<time>`, with the same ending for all."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    endings = itertools.chain([stamp], (f"{stamp}-{i}" for i in itertools.count(2)))
-    ending = next(e for e in endings if not any(os.path.lexists(_aside(path, e)) for path in paths))
-    return [_aside(path, ending) for path in paths]
-
-
 def set_aside(*paths: Path) -> list[Path]:
-    """Renames those of the paths that exist to names that are free; returns these. Raises: OSError."""
-    there = [path for path in paths if os.path.lexists(path)]
-    return [path.rename(aside) for path, aside in zip(there, names_aside(there), strict=True)]
-
-
-def _aside(path: Path, ending: str) -> Path:
-    return path.with_name(f"{path.name}.old-{ending}")
+    """Renames those of the paths that exist to free names, `<name>.old-<time>`; returns these. Raises: OSError."""
+    there, stamp = [path for path in paths if os.path.lexists(path)], time.strftime("%Y%m%d-%H%M%S")
+    for again in itertools.count(1):
+        ending = stamp if again == 1 else f"{stamp}-{again}"
+        aside = [path.with_name(f"{path.name}.old-{ending}") for path in there]
+        if not any(map(os.path.lexists, aside)):
+            break
+    return [path.rename(name) for path, name in zip(there, aside, strict=True)]
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------
@@ -107,20 +88,13 @@ def read_json(path: str | Path) -> Any:
     Raises: UserError naming the file, and the line of the mistake.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_neighbours(Path(path))}") from None
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
-    except ValueError as error:  # UnicodeDecodeError, or a zero byte in the path
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    try:
-        return parse_json(text)
+        near = sorted(found.name for found in Path(path).parent.glob("*.json"))[:8]
+        raise UserError(f"{path}: {error.strerror.lower()}; JSON files there: {', '.join(near) or 'none'}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be a config or a tree") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -145,12 +119,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
-
-
-def _neighbours(path: Path) -> str:
-    """The files of that kind that do exist there, for someone who mistyped a name."""
-    try:
-        names = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))
-    except (OSError, ValueError):
-        names = []
-    return f"; {path.parent} holds {', '.join(names[:8])}" if names else ""
