@@ -2,39 +2,29 @@
 
 // --- the maps of a photo: a script of its own, run when the photo comes into view ---
 const arriving = new Map(); // id -> what takes the data
-const kept = new Map(); // id -> promise of its maps, the oldest first
+const promised = new Map(); // id -> promise of its maps
 
 window.hsegPhoto = (id, data) => arriving.get(id)?.(data);
 
 function load(id) {
-  const known = kept.get(id);
-  kept.delete(id);
-  kept.set(id, known ?? fetchMaps(id));
-  for (const old of kept.keys()) if (kept.size > KEPT) kept.delete(old);
-  return kept.get(id);
+  if (promised.size > KEPT) promised.clear();
+  if (!promised.has(id)) promised.set(id, fetchMaps(id));
+  return promised.get(id);
 }
 
 async function fetchMaps(id) {
   const script = el("script", { src: address("report", id, "js") });
-  try {
-    const data = await new Promise((resolve, reject) => {
-      arriving.set(id, resolve);
-      script.onerror = () => reject(new Error(`${script.getAttribute("src")} is missing`));
-      document.head.append(script);
-    });
-    const [width, height] = data.size, [scoreWidth, scoreHeight] = data.scoreSize, bytes = await unpack(data.packed);
-    const truth = bytes.subarray(0, width * height), leaves = bytes.subarray(width * height, 2 * width * height);
-    return { width, height, truth, leaves, scoreWidth, scoreHeight, scores: bytes.subarray(2 * width * height) };
-  } finally {
-    arriving.delete(id);
-    script.remove();
-  }
-}
-
-async function unpack(text) {
-  const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const data = await new Promise((resolve, reject) => {
+    arriving.set(id, resolve);
+    script.onerror = () => reject(new Error(`${script.getAttribute("src")} is missing`));
+    document.head.append(script);
+  }).finally(() => script.remove());
+  const packed = Uint8Array.from(atob(data.packed), (character) => character.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const [width, height] = data.size, [scoreWidth, scoreHeight] = data.scoreSize, size = width * height;
+  const truth = bytes.subarray(0, size), leaves = bytes.subarray(size, 2 * size);
+  return { width, height, truth, leaves, scoreWidth, scoreHeight, scores: bytes.subarray(2 * size) };
 }
 
 const address = (folder, id, suffix) => `pictures/${folder}/${encodeURIComponent(id)}.${suffix}`;
@@ -57,7 +47,8 @@ const colourOf = (value) => (isNode(value) ? nodes[value].colour : VOID);
 const byValue = (make) => Array.from({ length: 256 }, (_, value) => make(value));
 const PIXELS = byValue((value) => pack(colourOf(value)));
 const OVER_PHOTO = byValue((value) => (nodes[value]?.background ? CLEAR : PIXELS[value]));
-const HEAT_PIXELS = byValue((value) => pack(heat(Math.sqrt(255 * value)))); // small violations are the common ones
+const heat = (value) => HEAT[0].map((dark, i) => dark + Math.sqrt(value / 255) * (HEAT[1][i] - dark)); // most are small
+const HEAT_PIXELS = byValue((value) => pack(heat(value)));
 const [VOID_PIXEL, RIGHT_BACKGROUND_PIXEL, RIGHT_PIXEL, WRONG_PIXEL] = [VOID, RIGHT_BACKGROUND, RIGHT, WRONG].map(pack);
 
 function difference(truth, predicted) {
@@ -75,18 +66,13 @@ function excess(maps, i) {
   return worst;
 }
 
-function heat(value) {
-  const place = (value / 255) * (HEAT.length - 1), low = Math.min(Math.floor(place), HEAT.length - 2);
-  return HEAT[low].map((start, i) => start + (HEAT[low + 1][i] - start) * (place - low));
-}
-
 /** The tiles of a photo: caption, and what paints it once the maps are there. At a glance: four of the finest level. */
 function tilesOf(photo, view) {
   const tiles = [
     { caption: "photo", photo: true },
     { caption: "overlay", photo: true, draw: (maps, canvas) =>
       paint(canvas, maps.width, maps.height, (i) => OVER_PHOTO[maps.leaves[i]]) },
-    { caption: `violations ${percent(photo.violations, 2)} %`, draw: (maps, canvas) =>
+    { caption: `violations ${share(photo.violations, 2)}`, draw: (maps, canvas) =>
       paint(canvas, maps.scoreWidth, maps.scoreHeight, (i) => HEAT_PIXELS[excess(maps, i)]) },
   ];
   for (const level of isGlance(view) ? levels.slice(0, 1) : view === "all" ? levels : [levels[view]]) {
@@ -103,9 +89,9 @@ const isGlance = (view) => view === "glance";
 
 function card(photo, view) {
   const open = el("button", { type: "button", title: "enlarge" }, photo.id);
-  const values = levels.slice(0, isGlance(view) ? 1 : undefined).map((level, i) => el("span", {}, `mIoU${level.number} ${percent(photo.mIoU[i])} %`));
-  const chosen = state.class === "" ? null : nodes[state.class];
-  if (chosen) values.push(el("span", {}, swatch(chosen.colour), `${chosen.name} ${percent(photo.IoU[chosen.id])} %`));
+  const values = levels.slice(0, isGlance(view) ? 1 : undefined).map((level, i) => el("span", {}, `mIoU${level.number} ${share(photo.mIoU[i])}`));
+  const wanted = nodes[control("class")];
+  if (wanted) values.push(el("span", {}, swatch(wanted.colour), `${wanted.name} ${share(photo.IoU[wanted.id])}`));
   const grid = el("div", { class: "tiles" }), tiles = tilesOf(photo, view);
   const element = el("article", { class: "card", "data-id": photo.id }, el("header", {}, open, ...values), grid);
   for (const tile of tiles) {
@@ -169,7 +155,7 @@ function readout(maps, column, row) {
     name.style.paddingLeft = `${0.8 * (path(id).length - 1)}em`;
     bar.style.width = `${(100 * score(id)) / 255}%`;
     return el("div", { class: `node${predicted.has(node.name) ? " predicted" : ""}${violated ? " violated" : ""}` },
-      name, bar, el("span", {}, `${violated ? "⚠ " : ""}${((score(id) + 0.5) / 2.56).toFixed(0)} %`));
+      name, bar, el("span", {}, (violated ? "⚠ " : "") + share((score(id) + 0.5) / 256, 0)));
   });
   return [line("truth:", truth), line("prediction:", leaf), ...rows];
 }
@@ -190,67 +176,51 @@ function hideReadout() {
 }
 
 // --- the gallery ---
-const state = { sort: "level-0", order: "worst", class: "", where: "either", search: "", level: "glance", page: 0 };
-let chosen = []; // the photos that pass the filter, in order
+const control = (name) => find(name).value;
+let chosen = [], page = 0; // the photos that pass the filter, in order; the page that is shown
 
 function sortValue(photo) {
-  if (state.sort === "violations") return photo.violations === null ? null : -photo.violations;
-  if (state.sort === "class") return state.class === "" ? null : photo.IoU[state.class];
-  return photo.mIoU[Number(state.sort.split("-")[1])];
+  const by = control("sort");
+  if (by === "violations") return photo.violations === null ? null : -photo.violations;
+  return by === "class" ? photo.IoU[control("class")] : photo.mIoU[Number(by.split("-")[1])];
 }
 
 function passes(photo) {
-  if (!photo.id.toLowerCase().includes(state.search.trim().toLowerCase())) return false;
-  if (state.class === "") return true;
-  const truth = photo.truth.includes(Number(state.class)), predicted = photo.predicted.includes(Number(state.class));
-  return { either: truth || predicted, truth, predicted, missed: truth && !predicted, invented: predicted && !truth }[state.where];
+  if (!photo.id.toLowerCase().includes(control("search").trim().toLowerCase())) return false;
+  if (control("class") === "") return true;
+  const [truth, predicted] = [photo.truth, photo.predicted].map((found) => found.includes(Number(control("class"))));
+  const answers = { either: truth || predicted, truth, predicted, missed: truth && !predicted, invented: predicted && !truth };
+  return answers[control("where")];
 }
 
 function choose() {
-  const direction = state.order === "worst" ? 1 : -1;
-  chosen = photos.filter(passes);
-  if (state.sort === "id") chosen.sort((a, b) => direction * (a.id < b.id ? -1 : 1));
-  else chosen.sort((a, b) => {
-    const [x, y] = [sortValue(a), sortValue(b)];
+  const direction = control("order") === "worst" ? 1 : -1, byId = control("sort") === "id";
+  const keys = new Map(photos.map((photo) => [photo, byId ? photo.id : sortValue(photo)]));
+  chosen = photos.filter(passes).sort((a, b) => {
+    const [x, y] = [keys.get(a), keys.get(b)];
     if (x === null || y === null) return (x === null) - (y === null); // without a score: last
-    return direction * (x - y);
+    return direction * ((x > y) - (x < y));
   });
   showPage(0);
 }
 
-function showPage(page) {
-  const last = Math.max(0, Math.ceil(chosen.length / PAGE) - 1);
-  state.page = Math.min(Math.max(page, 0), last);
-  const start = state.page * PAGE;
+function showPage(wanted) {
+  const last = Math.max(0, Math.ceil(chosen.length / PAGE) - 1), view = control("level");
+  page = Math.min(Math.max(wanted, 0), last);
   near.disconnect();
   hideReadout();
-  const cards = chosen.slice(start, start + PAGE).map((photo) => card(photo, state.level));
-  find("gallery").className = state.level === "glance" ? "glance" : "";
+  const cards = chosen.slice(page * PAGE, (page + 1) * PAGE).map((photo) => card(photo, view));
+  find("gallery").className = isGlance(view) ? "glance" : "";
   find("gallery").replaceChildren(...(cards.length ? cards : [el("p", { class: "empty" }, "No photo is like that.")]));
-  const text = chosen.length ? `${start + 1}–${start + cards.length} of ${chosen.length.toLocaleString("en")}` : "none";
-  for (const output of document.querySelectorAll(".pager output")) output.textContent = text;
-  for (const button of document.querySelectorAll(".pager button")) // not `disabled`, which would lose the focus
-    button.setAttribute("aria-disabled", state.page === (button.backwards ? 0 : last));
+  const place = `${page * PAGE + 1}–${page * PAGE + cards.length} of ${chosen.length.toLocaleString("en")}`;
+  document.querySelector("#pager output").textContent = cards.length ? place : "none";
+  for (const button of document.querySelectorAll("#pager button")) // not `disabled`, which would lose the focus
+    button.ariaDisabled = page === (button.dataset.step < 0 ? 0 : last);
 }
 
-function turn(page) {
-  showPage(page);
+function turn(wanted) {
+  showPage(wanted);
   find("controls").scrollIntoView();
-}
-
-function drawPagers() {
-  const far = 1e9, steps = [["«", "first page", -far], ["‹", "page back", -1], null, ["›", "next page", 1], ["»", "last page", far]];
-  for (const pager of document.querySelectorAll(".pager"))
-    pager.append(...steps.map((step, i) => {
-      if (step === null) return el("output");
-      const button = el("button", { type: "button", "aria-label": step[1] }, step[0]);
-      button.backwards = step[2] < 0;
-      button.addEventListener("click", () => {
-        turn(state.page + step[2]);
-        document.querySelector(".pager").children[i].focus({ preventScroll: true }); // the one that is in sight now
-      });
-      return button;
-    }));
 }
 
 // --- one photo, large ---
@@ -272,15 +242,13 @@ function showInViewer(index) {
 function onViewerClosed() {
   hideReadout();
   find("viewed").replaceChildren();
-  const page = Math.floor(viewed / PAGE);
-  if (page !== state.page) turn(page);
-  find("gallery").children[viewed - page * PAGE].querySelector("button")?.focus({ preventScroll: page === state.page });
+  const isElsewhere = page !== Math.floor(viewed / PAGE);
+  if (isElsewhere) turn(Math.floor(viewed / PAGE));
+  find("gallery").children[viewed % PAGE].querySelector("button")?.focus({ preventScroll: !isElsewhere });
 }
 
 // --- controls ---
-function option(value, text) {
-  return el("option", { value }, text);
-}
+const option = (value, text) => el("option", { value }, text);
 
 function drawControls() {
   find("sort").append(...levels.map((level, i) => option(`level-${i}`, `mIoU${level.number} of the photo`)),
@@ -289,28 +257,16 @@ function drawControls() {
   find("class").append(option("", "any"));
   const seen = new Set();
   for (const level of levels) {
-    const fresh = levelNodes(level).filter((node) => !seen.has(node.id));
-    fresh.forEach((node) => seen.add(node.id));
+    const fresh = levelNodes(level).filter((node) => !seen.has(node.id) && seen.add(node.id));
     if (fresh.length) find("class").append(el("optgroup", { label: level.name }, ...fresh.map((node) => option(node.id, node.name))));
   }
-  for (const name of ["sort", "order", "class", "where", "search", "level"]) {
-    find(name).value = state[name];
-    find(name).addEventListener("input", () => {
-      state[name] = find(name).value;
-      enableControls();
-      choose();
-    });
-  }
-  find("controls").addEventListener("submit", (event) => event.preventDefault());
-  enableControls();
 }
 
-/** Without a class there is nothing to say about where it is, and no IoU of it to sort by. */
-function enableControls() {
-  const isAny = state.class === "";
-  find("where").disabled = isAny;
-  find("sort").querySelector("[value=class]").disabled = isAny;
-  if (isAny && state.sort === "class") find("sort").value = state.sort = "level-0";
+function onControl() {
+  const isAny = control("class") === ""; // then there is nothing to say about where it is, and no IoU of it
+  find("where").disabled = find("sort").querySelector("[value=class]").disabled = isAny;
+  if (isAny && control("sort") === "class") find("sort").value = "level-0";
+  choose();
 }
 
 function drawLegend(box) {
@@ -338,7 +294,7 @@ function onKey(event) {
   if (!step) return;
   event.preventDefault();
   if (find("viewer").open) showInViewer(viewed + step);
-  else turn(state.page + step);
+  else turn(page + step);
 }
 
 function listen() {
@@ -357,6 +313,10 @@ function listen() {
   find("viewed-before").addEventListener("click", () => showInViewer(viewed - 1));
   find("viewed-next").addEventListener("click", () => showInViewer(viewed + 1));
   find("viewer-close").addEventListener("click", () => find("viewer").close());
+  for (const button of document.querySelectorAll("#pager button"))
+    button.addEventListener("click", () => turn(page + Number(button.dataset.step)));
+  find("controls").addEventListener("input", onControl);
+  find("controls").addEventListener("submit", (event) => event.preventDefault());
   find("share").addEventListener("change", drawConfusion);
 }
 
@@ -366,8 +326,7 @@ drawRules();
 drawConfusion();
 drawLegend(find("legend"));
 drawLegend(find("viewer-legend"));
-drawPagers();
 drawControls();
 drawDetails();
 listen();
-choose();
+onControl();

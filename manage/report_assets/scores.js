@@ -7,12 +7,13 @@ const nodes = scores.tree.nodes;
 const levels = scores.levels.map((level, i) => ({ ...level, number: i + 1, table: report.tables[i] }));
 const PAGE = 24, KEPT = 72; // photos a page, and photos whose maps are kept
 const VOID = [110, 110, 110], RIGHT_BACKGROUND = [246, 246, 246], RIGHT = [159, 211, 199], WRONG = [179, 38, 30];
-const HEAT = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]; // dark to bright: reads in grey too
+const HEAT = [[10, 4, 40], [255, 236, 130]]; // dark to bright: reads in grey too
 
 const BACKGROUND = nodes.filter((node) => node.background).map((node) => node.name);
 const find = (id) => document.getElementById(id);
 const isNode = (value) => value < nodes.length;
 const percent = (value, digits = 1) => (value === null || value === undefined ? "–" : (100 * value).toFixed(digits));
+const share = (value, digits) => `${percent(value, digits)}\u00a0%`; // never broken before its sign
 const css = ([r, g, b]) => `rgb(${r} ${g} ${b})`;
 const ratio = (part, whole) => (whole ? part / whole : null);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
@@ -58,7 +59,7 @@ function drawHead() {
 /** A share in percent; the mistake severity is a height in the tree. */
 function shown(name, value) {
   if (name.startsWith("mistake")) return value === null ? "–" : value.toFixed(3);
-  return `${percent(value, 2)} %`;
+  return share(value, 2);
 }
 
 function levelNodes(level) {
