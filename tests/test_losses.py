@@ -274,20 +274,10 @@ def test_no_gradient_is_computed_where_none_is_wanted(h: Hierarchy) -> None:
         torch.testing.assert_close(values[name], value_and_grad(name, logits, labels, h, gamma=0.5)[0])
 
 
-@pytest.mark.parametrize(
-    ("spec", "more", "message"),
-    [
-        ("tree_mim", {}, "unknown loss 'tree_mim'"),
-        ({}, {}, "no loss is named"),
-        ({"bce": 0}, {}, "weight of 'bce' is 0"),
-        ({"bce": "1"}, {}, "weight of 'bce' is '1'"),
-        ("focal", {"gamma": -1.0}, "gamma"),
-        ("bce", {"node_weights": torch.ones(3)}, r"needs \(10,\)"),
-    ],
-)
-def test_a_wrong_criterion_is_refused(spec: object, more: dict, message: str, h: Hierarchy) -> None:
-    with pytest.raises(UserError, match=message):
-        build_criterion(spec, h, **more)
+@pytest.mark.parametrize("spec", ["tree_mim", {"bce": 0}, {"bce": math.inf}])
+def test_a_wrong_criterion_is_refused(spec: object, h: Hierarchy) -> None:
+    with pytest.raises(UserError, match=r"criterion: '.*expected a weight above 0, of one of bce, tree_min"):
+        build_criterion(spec, h)
 
 
 def test_shapes_that_do_not_fit_are_refused(h: Hierarchy) -> None:

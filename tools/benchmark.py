@@ -30,17 +30,17 @@ import torch
 from PIL import Image
 
 from configs.config import REPOSITORY, Config, config_from_dict, load_config, parse_overrides, save_config
-from manage.data import train_loader
+from manage.data import TrainLoader, train_loader
 from manage.distributed import choose_device
 from manage.experiment import environment
 from manage.learner import Learner
 from manage.network import load_hierarchy
 from utils.cli import progress, run_main
-from utils.dataset import Sample
+from utils.dataset import EpochBatches
 from utils.encoding import load_encoding
 from utils.errors import UserError
 
-DRAWN = {"crop_size": 480, "batch_size": 4, "pretrained": False, "exp_name": "drawn"}  # what two cores manage
+DRAWN = {"crop_size": 480, "batch_size": 4, "pretrained": False}  # what two cores manage
 BATCHES, VAL_PHOTOS = 12, 60  # of an epoch, of an evaluation
 Rows = Iterator[tuple[str, list[float]]]  # what is measured, and photos a second in each round
 
@@ -53,10 +53,6 @@ class Setting:
     folder: Path
     rounds: int
     checkouts: list[Path]  # this one, and the one that it is measured against
-
-    @property
-    def device(self) -> torch.device:
-        return choose_device(self.config.device)
 
 
 def main() -> None:
@@ -78,7 +74,7 @@ def main() -> None:
         setting = prepare(Path(folder), arguments)
         for name in progress(arguments.only or STAGES, desc="stages"):
             lines += [table_row(title, values) for title, values in STAGES[name](setting)]
-        record = environment(setting.device)
+        record = environment(choose_device(setting.config.device))
     print("\n".join([*lines, "", *(f"{key}: {value}" for key, value in record.items())]))
 
 
@@ -88,20 +84,25 @@ def table_row(title: str, values: list[float]) -> str:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> Setting:
     """The config with its own data, or with drawn ones; what it writes goes to `folder`."""
-    if arguments.cfg is None:
-        config = config_from_dict(DRAWN | parse_overrides(arguments.overrides), "the config of the drawn photos")
-        data = folder / "data"
-        count = ["--train", BATCHES * config.batch_size, "--val", VAL_PHOTOS, "--size", 375]
-        run(REPOSITORY, "tools/make_sample_data.py", "--out", data, *count)
-        run(REPOSITORY, "tools/dataset_hie_enc.py", f"root_data_dir={data}", f"hierarchy={config.hierarchy_file}")
-    else:
+    if arguments.cfg is not None:
         config = load_config(arguments.cfg, arguments.overrides)
-        data = config.data_dir
-    places = {"root_dir": str(folder), "root_data_dir": str(data), "hierarchy": str(config.hierarchy_file)}
-    sizes = {"n_train_photos": BATCHES * config.batch_size, "n_val_photos": VAL_PHOTOS}
-    untrained = {"pretrained": False, "encoder_weights": None, "warmup_epochs": 0.0}
+    else:
+        values = DRAWN | {"root_data_dir": str(folder / "data")} | parse_overrides(arguments.overrides)
+        config = config_from_dict(values, "the config of the drawn photos")
+        count = ["--train", BATCHES * config.batch_size, "--val", VAL_PHOTOS, "--size", 375]
+        run(REPOSITORY, "tools/make_sample_data.py", "--out", config.data_dir, *count)
+        run(REPOSITORY, "tools/dataset_hie_enc.py", f"root_data_dir={config.data_dir}", f"hierarchy={config.hierarchy}")
+    config = replace(
+        config,
+        root_dir=str(folder),
+        root_data_dir=str(config.data_dir),
+        n_train_photos=BATCHES * config.batch_size,
+        n_val_photos=VAL_PHOTOS,
+        pretrained=False,
+        encoder_weights=None,
+    )
     checkouts = [REPOSITORY, *([arguments.against.resolve()] if arguments.against else [])]
-    return Setting(replace(config, **places, **sizes, **untrained), folder, arguments.rounds, checkouts)
+    return Setting(config, folder, arguments.rounds, checkouts)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -139,39 +140,35 @@ def in_turns(setting: Setting, measure: Callable[[Path, int], float], title: str
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
-def learner_and_batch(setting: Setting) -> tuple[Learner, Sample]:
-    """What steps, and a batch that is there. Shape: image (B, 3, S, S), labels (B, S, S)."""
-    config, device, hierarchy = setting.config, setting.device, load_hierarchy(setting.config)
+def train_parts(setting: Setting) -> tuple[Learner, TrainLoader, EpochBatches]:
+    config, device, hierarchy = setting.config, choose_device(setting.config.device), load_hierarchy(setting.config)
     learner = Learner(config, hierarchy, load_encoding(config.labels_dir, hierarchy), device)
     learner.set_train_mode(is_frozen=False)
-    b, s = config.batch_size, config.crop_size
-    blocks = torch.tensor(hierarchy.leaves)[torch.randint(len(hierarchy.leaves), (b, s // 32, s // 32))]
-    labels = blocks.byte().repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
-    images = torch.randint(256, (b, 3, s, s), dtype=torch.uint8).to(device)
-    return learner, Sample(images, labels, torch.arange(b), [""] * b)
+    return learner, *train_loader(replace(config, num_workers=0), hierarchy, 0, 1, device)
 
 
 def step_stage(setting: Setting) -> Rows:
     """Forward, loss, backward, optimiser."""
-    learner, batch = learner_and_batch(setting)
-    action = lambda: learner.step([batch], setting.config.lr)  # noqa: E731
-    yield "training step, batch in memory", rates(action, setting.config.batch_size, setting.rounds)
+    learner, loader, _ = train_parts(setting)
+    batch = next(iter(loader))
+    values = rates(lambda: learner.step([batch], setting.config.lr), len(batch.image), setting.rounds)
+    yield "training step, batch in memory", values
 
 
 def loss_stage(setting: Setting) -> Rows:
-    learner, batch = learner_and_batch(setting)
-    size = (len(batch.image), learner.hierarchy.num_nodes, *batch.labels.shape[1:])
-    logits = torch.randn(size, device=setting.device, requires_grad=True)
-    action = lambda: learner.criterion(logits, batch.labels).backward()  # noqa: E731
-    yield "the criterion alone, forward and backward", rates(action, len(batch.image), setting.rounds)
+    learner, loader, _ = train_parts(setting)
+    labels = next(iter(loader)).labels
+    size = (len(labels), learner.hierarchy.num_nodes, *labels.shape[1:])
+    logits = torch.randn(size, device=labels.device, requires_grad=True)
+    values = rates(lambda: learner.criterion(logits, labels).backward(), len(labels), setting.rounds)
+    yield "the criterion alone, forward and backward", values
 
 
 def loading_stage(setting: Setting) -> Rows:
     """Random views, one thread, nobody else at work: of photos that are decoded anew, and of kept ones."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    config = replace(setting.config, num_workers=0)
-    loader, batches = train_loader(config, load_hierarchy(config), 0, 1, setting.device)
+    learner, loader, batches = train_parts(setting)
     files = loader.store.photos.files
 
     def views() -> None:
@@ -184,13 +181,10 @@ def loading_stage(setting: Setting) -> Rows:
             with Image.open(file.photo) as photo:
                 photo.load()
 
-    for title, action, keep in (
-        ("JPEG decode alone, one thread", decode, None),
-        ("random views, decoded anew, one thread", views, None),
-        ("random views, kept photos, one thread", views, setting.device),
-    ):
+    yield "JPEG decode alone, one thread", rates(decode, len(files), setting.rounds)
+    for title, keep in (("decoded anew", None), ("kept photos", learner.device)):
         loader.store.keep = keep
-        yield title, rates(action, len(files), setting.rounds)
+        yield f"random views, {title}, one thread", rates(views, len(files), setting.rounds)
     torch.set_num_threads(threads)
 
 
@@ -207,18 +201,17 @@ def epoch_stage(setting: Setting) -> Rows:
 
 
 def evaluation_stage(setting: Setting) -> Rows:
-    """evaluate.py by its own clock, with and without pictures."""
+    """evaluate.py by its own clock."""
     config = replace(setting.config, n_epochs=1, exp_name="evaluated")
     cfg = write_config(setting, config)
     run(setting.checkouts[-1], "train.py", "--cfg", cfg)
-    for title, options in (("evaluation, evaluate.py", ()), ("evaluation without pictures", ("--no-pictures",))):
 
-        def evaluate(checkout: Path, _number: int, options: tuple = options) -> float:
-            run(checkout, "evaluate.py", "--cfg", cfg, "--checkpoint", "last", *options)
-            record = json.loads((config.experiment_dir / "evaluation" / "last" / "scores.json").read_text())
-            return record["photos"] / record["seconds"]
+    def evaluate(checkout: Path, _number: int) -> float:
+        run(checkout, "evaluate.py", "--cfg", cfg, "--checkpoint", "last", "--no-pictures")
+        record = json.loads((config.experiment_dir / "evaluation" / "last" / "scores.json").read_text())
+        return record["photos"] / record["seconds"]
 
-        yield from in_turns(setting, evaluate, title)
+    yield from in_turns(setting, evaluate, "evaluation without pictures, evaluate.py")
 
 
 def write_config(setting: Setting, config: Config) -> Path:

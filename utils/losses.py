@@ -215,7 +215,10 @@ def build_criterion(
     Raises: UserError for a spec that makes no sense and, when called on a CPU, for a label of another tree.
     """
     losses = {spec: 1.0} if isinstance(spec, str) else dict(spec)
-    _check_spec(losses, h, gamma, node_weights)
+    for name, weight in losses.items():
+        if name not in PIXEL_LOSSES or not 0 < weight < float("inf"):
+            known = ", ".join(PIXEL_LOSSES)
+            raise UserError(f"criterion: {name!r} with weight {weight!r}; expected a weight above 0, of one of {known}")
 
     def mean_term(logits: Tensor, y: Tensor) -> Tensor:
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -240,20 +243,6 @@ def build_criterion(
             return formula(logits, h.index_of(labels))
 
     return criterion
-
-
-def _check_spec(losses: Mapping[str, float], h: Hierarchy, gamma: float, node_weights: Tensor | None) -> None:
-    if not losses:
-        raise UserError(f"criterion: no loss is named; choose from {', '.join(PIXEL_LOSSES)}")
-    for name, weight in losses.items():
-        if name not in PIXEL_LOSSES:
-            raise UserError(f"criterion: unknown loss {name!r}; choose from {', '.join(PIXEL_LOSSES)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise UserError(f"criterion: the weight of {name!r} is {weight!r}; it must be a positive number")
-    if not 0 <= gamma < float("inf"):
-        raise UserError(f"gamma: {gamma!r} is not a number of at least 0")
-    if node_weights is not None and node_weights.shape != (h.num_nodes,):
-        raise UserError(f"node weights: shape {tuple(node_weights.shape)}; the tree {h.name!r} needs ({h.num_nodes},)")
 
 
 def _loss(
