@@ -180,7 +180,7 @@ def test_a_report_holds_what_is_finished_and_counts_the_rest(tmp_path: Path, tre
     finished(tmp_path, tree)
     tool.main()
     assert "1 runs are not finished." in (tmp_path / "docs" / "experiments.md").read_text()
-    assert json.loads((tmp_path / "docs" / "experiments.json").read_text())["groups"][0]["seeds"] == [0]
+    assert json.loads((tmp_path / "docs" / "experiments.json").read_text())["groups"]["bce"][0]["seed"] == 0
 
 
 def start(path: Path, *options: str) -> subprocess.Popen:

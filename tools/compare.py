@@ -177,18 +177,15 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON types; scores in [0, 1]."""
     differences = [vars(d) | {"verdict": d.verdict, "sentence": d.sentence} for d in comparison.differences]
     differences = [{k: None if v != v else v for k, v in record.items()} for record in differences]  # NaN is no JSON
-    groups, runs = [], []
-    for group in comparison.groups:
-        spreads = {name: mean_and_spread(group.values(name)) for name in group.experiments[0].record["scores"]}
-        scores = {name: {"mean": mean, "std": spread} for name, (mean, spread) in spreads.items()}
-        names = [e.name for e in group.experiments]
-        groups.append({"name": group.label, "runs": names, "seeds": group.seeds, "scores": scores})
-        for e in group.experiments:
-            classes = {f"level{level['level']}": level["IoU"] for level in e.record["levels"]}
-            own = {"name": e.name, "seed": e.seed, "commit": e.said("commit"), "decode": e.config["decode"]}
-            runs.append(own | {"rules": e.record["rules"], "classes": classes})
-    counts = {"photos": len(comparison.experiments[0].ids)}
-    return counts | {"groups": groups, "differences": differences, "runs": runs}
+    groups = {
+        group.label: [
+            {"run": e.name, "seed": e.seed, "commit": e.said("commit")}
+            | {key: e.record[key] for key in ("decode", "rules", "levels")}
+            for e in group.experiments
+        ]
+        for group in comparison.groups
+    }
+    return {"photos": len(comparison.experiments[0].ids), "differences": differences, "groups": groups}
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------

@@ -216,12 +216,11 @@ class Hierarchy:
         if not is_text(self.name):
             raise UserError(f"{source}: 'name' must be a non-empty text, not {self.name!r}")
         for name in self.level_names:  # they name folders of pictures
-            if not is_text(name) or name.startswith(".") or any(c in name for c in "/\\:"):
+            if not is_text(name) or re.search(r"^\.|[/\\:]", name) or name.lower() in TAKEN_FOLDERS:
                 raise UserError(
-                    f"{source}: 'levels' holds {name!r}; a level's name is a text without / \\ : or a first dot"
+                    f"{source}: 'levels' holds {name!r}; a level's name is a text without / \\ : or a first dot, "
+                    f"and none of {', '.join(TAKEN_FOLDERS)}"
                 )
-            if name.lower() in TAKEN_FOLDERS:
-                raise UserError(f"{source}: 'levels' holds {name!r}, a folder of other pictures; choose another name")
         if not is_int(self.ignore_index) or not self.num_nodes <= self.ignore_index <= MAX_LABEL:
             raise UserError(
                 f"{source}: 'ignore_index' is {self.ignore_index!r}; it must be an integer from {self.num_nodes} "

@@ -34,8 +34,6 @@ def confusion(leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
     if leaf.shape != labels.shape:
         raise ValueError(f"prediction {tuple(leaf.shape)} and labels {tuple(labels.shape)} differ in shape")
     n = h.num_nodes
-    if leaf.device.type == "cpu" and leaf.numel() and int(leaf.max()) >= n:
-        raise ValueError(f"prediction holds {int(leaf.max())}; the tree {h.name!r} has nodes 0 to {n - 1}")
     pair = (h.index_of(labels) * n).add_(leaf).flatten()
     counts = torch.zeros((n + 1) * n, dtype=torch.int64, device=leaf.device)
     counts.scatter_add_(0, pair, counts.new_ones(()).expand_as(pair))  # bincount would wait for a GPU
@@ -62,18 +60,16 @@ def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
     for level in levels:
         scores[f"mIoU{level['level']}"] = level["mIoU"]
         scores[f"mIoU{level['level']}_with_background"] = level["mIoU_with_background"]
-    scores |= {"pixel_accuracy": levels[0]["pixel_accuracy"], "mistake_severity": _mistake_severity(matrix.cpu(), h)}
+    heights, matrix = h.cached("severities", "cpu", torch.int64, lambda: severities(h)), matrix.cpu()
+    wrong = int(matrix[heights > 0].sum())
+    scores["pixel_accuracy"] = levels[0]["pixel_accuracy"]
+    scores["mistake_severity"] = int((matrix * heights).sum()) / wrong if wrong else None
     return scores | {"levels": levels}
 
 
-def _mistake_severity(matrix: Tensor, h: Hierarchy) -> float | None:
-    heights = h.cached("severity", "cpu", torch.int64, lambda: severities(h))
-    return int((matrix * heights).sum()) / wrong if (wrong := int(matrix[heights > 0].sum())) else None
-
-
 def severities(h: Hierarchy) -> Tensor:
-    """The height at which label and answer meet, 0 where the answer is right. Shape: (N, N)."""
-    heights = torch.zeros(h.num_nodes, h.num_nodes)
+    """The height at which label and answer meet, 0 where the answer is right. Shape: (N, N) int64."""
+    heights = torch.zeros(h.num_nodes, h.num_nodes, dtype=torch.int64)
     for label, path in enumerate(h.paths):
         for leaf in h.leaves:
             shared = h.shared(label, leaf)
@@ -83,28 +79,23 @@ def severities(h: Hierarchy) -> Tensor:
 
 
 def _level_scores(counts: Tensor, level: int, h: Hierarchy) -> dict[str, Any]:
-    classes = h.level_classes[level]
-    ious = dict(zip(classes, _ious(counts), strict=True))
-    pixels = int(counts.sum())
+    """IoU is TP / (TP + FP + FN), None where that is 0 / 0."""
+    hits = counts.diagonal()
+    unions = (counts.sum(0) + counts.sum(1) - hits).tolist()
+    ious = [hit / union if union else None for hit, union in zip(hits.tolist(), unions, strict=True)]
+    classes, pixels = h.level_classes[level], int(counts.sum())
     return {
         "level": level + 1,
         "name": h.level_names[level],
-        "mIoU": _mean(iou for v, iou in ious.items() if v not in h.background),
-        "mIoU_with_background": _mean(ious.values()),
-        "pixel_accuracy": int(counts.trace()) / pixels if pixels else None,
+        "mIoU": _mean(iou for v, iou in zip(classes, ious, strict=True) if v not in h.background),
+        "mIoU_with_background": _mean(ious),
+        "pixel_accuracy": int(hits.sum()) / pixels if pixels else None,
         "pixels": pixels,
-        "IoU": {h.names[v]: iou for v, iou in ious.items()},
-        "absent": [h.names[v] for v, iou in ious.items() if iou is None],
+        "IoU": {h.names[v]: iou for v, iou in zip(classes, ious, strict=True)},
+        "absent": [h.names[v] for v, iou in zip(classes, ious, strict=True) if iou is None],
         "classes": [h.names[v] for v in classes],
         "confusion": counts.tolist(),
     }
-
-
-def _ious(counts: Tensor) -> list[float | None]:
-    """TP / (TP + FP + FN) of each class, None where that is 0 / 0."""
-    hits = counts.diagonal()
-    unions = counts.sum(0) + counts.sum(1) - hits
-    return [hit / union if union else None for hit, union in zip(hits.tolist(), unions.tolist(), strict=True)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -145,10 +136,12 @@ class LevelScores:
         """
         violated, pixels = self.violations.tolist()
         rates = {"violation_rate": violated / pairs if (pairs := pixels * len(self.h.edges)) else None}
-        for name, counts in zip(
-            ["leaf", *(self.h.names[v] for v in self.h.roots)], self.calibration.cpu(), strict=True
-        ):
-            rates[f"ECE_{name}"] = _calibration_error(counts)
+        names = ["leaf", *(self.h.names[v] for v in self.h.roots)]
+        for name, (count, hits, units) in zip(names, self.calibration.cpu(), strict=True):
+            gap = (
+                hits - units.double() / UNITS
+            ).abs().sum() / count.sum()  # |frequency - mean probability| of the bins
+            rates[f"ECE_{name}"] = gap.item() if count.any() else None
         return scores_from_confusion(self.matrix, self.h) | rates
 
     def tensors(self) -> list[Tensor]:
@@ -182,9 +175,3 @@ def _calibration(p: Tensor, leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tenso
         bins = (sure * BINS).long().clamp(max=BINS - 1)
         row.scatter_add_(1, bins.expand(3, -1), values * known.flatten())
     return counts
-
-
-def _calibration_error(counts: Tensor) -> float | None:
-    """Mean over pixels of |frequency - mean probability| of their bin. Shape: (3, BINS) -> ()."""
-    pixels, hits, units = counts
-    return ((hits - units.double() / UNITS).abs().sum() / pixels.sum()).item() if pixels.any() else None
