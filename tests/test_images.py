@@ -1,3 +1,5 @@
+"""Photos and label maps of every kind are read as what they stand for, or refused by name."""
+
 import struct
 import zlib
 
@@ -6,9 +8,10 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import photo_size, read_labels, read_photo, scaled_size, write_indexed
+from utils.images import photo_size, read_labels, read_photo, scaled_size, upright_rgb, write_indexed
 
 RED = (200, 40, 40)
+LABELS = np.array([[0, 1, 2], [6, 9, 255]], np.uint8)
 
 
 def save(path, image, **options):
@@ -33,8 +36,7 @@ def test_every_mode_is_read_as_the_rgb_it_stands_for(tmp_path, mode, suffix):
     picture = Image.new("RGB", (40, 30), RED).convert(mode)
     photo = read_photo(save(tmp_path / f"a{suffix}", picture))
     assert (photo.mode, photo.size) == ("RGB", (40, 30))
-    expected = np.asarray(picture.convert("RGB"), int)
-    assert np.abs(np.asarray(photo, int) - expected).max() <= 6
+    assert np.abs(np.asarray(photo, int) - np.asarray(picture.convert("RGB"), int)).max() <= 6
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -44,26 +46,24 @@ def test_transparent_pixels_are_white(tmp_path, mode):
     assert read_photo(save(tmp_path / "a.png", picture, **options)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_16_bit_grey_keeps_its_brightness(tmp_path):
-    grey = np.array([[0, 128 * 256, 65535]], np.uint16)
-    photo = np.asarray(read_photo(save(tmp_path / "a.png", Image.fromarray(grey))))
-    assert photo[0, :, 0].tolist() == [0, 128, 255]
-
-
 @pytest.mark.parametrize("mode", ["grey", "RGB"])
-def test_12_bit_values_in_a_16_bit_photo_are_refused_by_name(tmp_path, mode):
-    dark = np.full((4, 4), 4000, np.uint16)
+def test_16_bits_keep_their_brightness_and_12_in_16_are_refused_by_name(tmp_path, mode):
     path = tmp_path / "dark.png"
-    if mode == "grey":
-        Image.fromarray(dark).save(path)
-    else:  # PIL writes no 48-bit colours
-        rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in dark)
-        write_png(path, (4, 4), depth=16, kind=2, rows=rows)
+
+    def write(values):
+        if mode == "grey":
+            Image.fromarray(values).save(path)
+        else:  # PIL writes no 48-bit colours
+            rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+            write_png(path, values.shape[::-1], depth=16, kind=2, rows=rows)
+
+    for value in (0, 128 * 256, 65535):
+        write(np.full((4, 4), value, np.uint16))
+        assert read_photo(path).getpixel((1, 1)) == (value // 256,) * 3
+    write(np.full((4, 4), 4000, np.uint16))
     for read in (read_photo, photo_size):
         with pytest.raises(UserError, match=r"dark\.png .*12-bit"):
             read(path)
-    save(path, Image.fromarray(dark * 0))
-    assert read_photo(path).getextrema()[0] == (0, 0), "an all-black photo is one"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -78,18 +78,18 @@ def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation, suffi
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / f"a{suffix}", stored, exif=exif, quality=95)
-    photo = np.asarray(read_photo(path), int)
-    assert photo_size(path) == (48, 24)
-    assert photo.shape == upright.shape
-    assert np.abs(photo - upright).mean() < 5
+    with Image.open(path) as picture:
+        for photo in (read_photo(path), upright_rgb(picture), upright_rgb(read_photo(path))):
+            assert photo.size == photo_size(path) == (48, 24)
+            assert np.abs(np.asarray(photo, int) - upright).mean() < 5
+        assert picture.size == stored.size, "left as it is"
     assert read_photo(path, 12).size == (24, 12)
 
 
 @pytest.mark.parametrize("size", [(500, 333), (333, 500), (97, 1000), (50, 60)])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_the_short_side_is_the_asked_one(tmp_path, size, suffix):
-    path = save(tmp_path / f"a{suffix}", Image.new("RGB", size, RED))
-    photo = read_photo(path, 64)
+    photo = read_photo(save(tmp_path / f"a{suffix}", Image.new("RGB", size, RED)), 64)
     assert min(photo.size) == 64
     assert max(photo.size) == pytest.approx(64 * max(size) / min(size), abs=1)
 
@@ -132,17 +132,18 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
 
 # ---- label maps --------------------------------------------------------------------------------------------
 
-LABELS = np.array([[0, 1, 2], [6, 9, 255]], np.uint8)
 
-
-def test_what_is_written_is_read_again_with_its_colours(tmp_path):
+def test_what_is_written_is_read_again_with_its_colours_and_a_failed_write_says_where(tmp_path):
     path = tmp_path / "a.png"
     write_indexed(path, LABELS, [(9, 9, 9), RED])
     assert (read_labels(path) == LABELS).all()
     with Image.open(path) as image:
         assert image.mode == "P"
         assert image.convert("RGB").getpixel((1, 0)) == RED
-    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*b\.png"):
+        write_indexed(tmp_path / "b.png", LABELS, [])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint16])
@@ -155,15 +156,7 @@ def test_grey_png_and_npy_hold_raw_labels(tmp_path, dtype):
         assert (labels == LABELS).all()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "1", "LA", "RGBA", "JPEG"])
-def test_a_png_that_holds_no_labels_is_refused(tmp_path, mode):
-    image = Image.fromarray(LABELS) if mode == "JPEG" else Image.new(mode, (3, 2))
-    save(tmp_path / "odd.png", image, format="JPEG" if mode == "JPEG" else "PNG")
-    with pytest.raises(UserError, match=r"odd\.png"):
-        read_labels(tmp_path / "odd.png")
-
-
-ARRAYS = {
+NO_LABELS = {
     "floats": LABELS.astype(float),
     "3-D": LABELS[None],
     "negative": LABELS.astype(int) - 1,
@@ -171,18 +164,14 @@ ARRAYS = {
     "booleans": LABELS > 1,
     "empty": LABELS[:0],
     "pickled": np.array([[{}]], object),
-}
+} | {mode: Image.new(mode, (3, 2)) for mode in ("RGB", "1", "LA", "RGBA", "L")}
 
 
-@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
-def test_an_array_that_holds_no_labels_is_refused_and_none_is_unpickled(tmp_path, array):
-    np.save(tmp_path / "odd.npy", array, allow_pickle=True)
-    with pytest.raises(UserError, match=r"odd\.npy"):
-        read_labels(tmp_path / "odd.npy")
-
-
-def test_a_failed_write_says_where_and_leaves_nothing(tmp_path):
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*a\.png"):
-        write_indexed(tmp_path / "a.png", LABELS, [])
-    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_what_holds_no_labels_is_refused_and_nothing_is_unpickled(tmp_path, kind):
+    if isinstance(NO_LABELS[kind], np.ndarray):
+        np.save(path := tmp_path / "odd.npy", NO_LABELS[kind], allow_pickle=True)
+    else:
+        path = save(tmp_path / "odd.png", NO_LABELS[kind], format="JPEG" if kind == "L" else "PNG")
+    with pytest.raises(UserError, match=r"odd\."):
+        read_labels(path)

@@ -111,7 +111,7 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path, copy: bool) ->
     h = Hierarchy.load(TREE)
     for name in (PHOTOS, MASKS):
         (folder / name).mkdir()
-    items = [(path, photos.find_or_why(path.stem)) for path in sorted(annotations.glob("*.mat"))]
+    items = [(path, photos.find(path.stem)) for path in sorted(annotations.glob("*.mat"))]
     outcomes = map_files(partial(convert, h=h, folder=folder, copy=copy), items, "prepare")
     counts = {o.sample_id: o.counts for o in outcomes if o.counts is not None}
     problems = {o.sample_id: o.problem for o in outcomes if o.problem}

@@ -1,6 +1,5 @@
 """Photos and label maps on disk -> bytes, and the order of an epoch. Labels stay one byte a pixel. Knows no tree."""
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.ids import PhotoFolder
-from utils.images import photo_size, read_labels, read_photo, scaled_size
+from utils.images import read_labels, read_photo, scaled_size
 
 
 class Sample(NamedTuple):
@@ -50,7 +49,7 @@ def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path, tolerat
     """
     photos, files, missing = PhotoFolder(images_dir), [], []
     for sample_id in ids:
-        photo, labels = photos.find_or_why(sample_id), labels_dir / f"{sample_id}.png"
+        photo, labels = photos.find(sample_id), labels_dir / f"{sample_id}.png"
         if isinstance(photo, str):
             missing.append(photo)
         elif not labels.is_file():
@@ -108,15 +107,9 @@ class Photos:
         return photo, labels
 
     def mean_size(self) -> float:
-        """Bytes that a photo and its label map take, from the headers of some of them."""
-        some = self.files[:: max(1, len(self.files) // 64)]
-        total = 0
-        for files in some:
-            with contextlib.suppress(UserError):  # it is met again, and named, where it is read
-                width, height = photo_size(files.photo)
-                w, h = (width, height) if self.short_side is None else scaled_size((width, height), self.short_side)
-                total += 3 * w * h + (width * height if self.native_labels else w * h)
-        return total / len(some)
+        """Bytes that a photo and its label map take, from a few of them; one that cannot be read takes next to none."""
+        some = [self[index] for index in range(0, len(self), max(1, len(self) // 8))]
+        return sum(sample.image.nbytes + sample.labels.nbytes for sample in some) / len(some)
 
 
 class EpochBatches:

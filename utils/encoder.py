@@ -102,7 +102,7 @@ def _encode(
         write_json(head | rest | {"files": files}, save_dir / RECORD, indent=None)
 
     save(old, ids=[*ours, *masks])
-    jobs = [Job(i, paths, photos.find_or_why(i), old.get(i)) for i, paths in masks.items()]
+    jobs = [Job(i, paths, photos.find(i), old.get(i)) for i, paths in masks.items()]
     reader = mask_reader(hierarchy, wishes.classes, wishes.by)
     work = partial(encode_mask, reader=reader, masks_dir=masks_dir, save_dir=save_dir, obey_exif=wishes.obey_exif)
     outcomes = dict(zip(masks, map_files(work, jobs, "encoding"), strict=True))

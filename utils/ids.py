@@ -11,6 +11,8 @@ from utils.errors import UserError
 from utils.files import write_whole
 from utils.images import MASK_SUFFIXES, PHOTO_SUFFIXES
 
+SUFFIX = "|".join({*PHOTO_SUFFIXES, *MASK_SUFFIXES}).replace(".", "")
+NO_NAME = re.compile(rf'^\.|[/\\:"\t]|  |\.({SUFFIX})$', re.IGNORECASE)
 PHOTO_ENDING = "_leftImg8bit"  # Cityscapes: part of the file's name, not of the id
 
 
@@ -28,13 +30,15 @@ def read_ids(path: str | Path) -> list[str]:
     line_of: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         sample_id = same_form(line.strip())
+        if sample_id in line_of:
+            raise UserError(f"{path}, line {number}: id {sample_id!r} is already on line {line_of[sample_id]}")
         if not sample_id:
             continue
-        fault = id_fault(sample_id)
-        if sample_id in line_of:
-            fault = f"is already on line {line_of[sample_id]}; list each photo once"
-        if fault:
-            raise UserError(f"{path}, line {number}: id {sample_id!r} {fault}")
+        if NO_NAME.search(sample_id) or not sample_id.isprintable() or len(sample_id.encode()) > 200:
+            raise UserError(
+                f"{path}, line {number}: id {sample_id!r} is no plain name of a photo, without folder and suffix; "
+                "write one id a line and nothing else"
+            )
         line_of[sample_id] = number
     if not line_of:
         raise UserError(f"the id file {path} is empty; it should hold one photo id a line")
@@ -44,22 +48,6 @@ def read_ids(path: str | Path) -> list[str]:
 def write_ids(ids: Iterable[str], path: str | Path) -> None:
     """Writes a list file, one id a line. Raises: OSError."""
     write_whole("".join(f"{sample_id}\n" for sample_id in ids), path)
-
-
-def id_fault(sample_id: str) -> str | None:
-    """What keeps a text from being an id, or None."""
-    if sample_id.startswith(".") or any(character in sample_id for character in '/\\:\0"'):
-        return "is not a plain name; an id has no folder, drive or leading dot in it"
-    if re.search(r"\t|  ", sample_id):
-        return "has a second column; write one id a line"
-    if not sample_id.isprintable():
-        return "holds a character that cannot be printed"
-    if len(sample_id.encode()) > 200:
-        return "is too long to be a file's name; an id has at most 200 bytes"
-    suffix = Path(sample_id).suffix.lower()
-    if suffix in PHOTO_SUFFIXES + MASK_SUFFIXES:
-        return f"ends in {suffix}; write ids without a suffix"
-    return None
 
 
 def read_text(path: str | Path) -> str:
@@ -85,9 +73,9 @@ def draw_split(ids: Iterable[str], share: float, seed: int) -> dict[str, list[st
     ids = sorted(ids)
     if len(ids) < 2:
         raise UserError(f"a train and a val split need two photos, there are {len(ids)}")
-    shuffled = random.Random(seed).sample(ids, len(ids))
     n_val = min(max(1, round(len(ids) * share)), len(ids) - 1)
-    return {"train": sorted(shuffled[n_val:]), "val": sorted(shuffled[:n_val])}
+    val = {*random.Random(seed).sample(ids, n_val)}
+    return {"train": [i for i in ids if i not in val], "val": sorted(val)}
 
 
 class PhotoFolder:
@@ -104,24 +92,14 @@ class PhotoFolder:
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.paths
 
-    def find(self, sample_id: str) -> Path:
-        """The photo of an id. Raises: UserError where there is none, or more than one."""
+    def find(self, sample_id: str) -> Path | str:
+        """The photo of an id, or why there is none."""
         found = self.paths.get(sample_id, ())
         if len(found) > 1:
-            raise UserError(f"id '{sample_id}' has several photos, {', '.join(map(str, found[:3]))}; keep one")
+            return f"id '{sample_id}' has several photos, {', '.join(map(str, found[:3]))}; keep one"
         if not found:
-            raise UserError(
-                f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)} (below it, "
-                "only where it holds no photo itself)"
-            )
+            return f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)}"
         return found[0]
-
-    def find_or_why(self, sample_id: str) -> Path | str:
-        """The photo of an id, or why there is none."""
-        try:
-            return self.find(sample_id)
-        except UserError as error:
-            return str(error)
 
 
 def files_below(folder: str | Path, suffixes: Sequence[str]) -> list[Path]:

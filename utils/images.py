@@ -1,11 +1,12 @@
 """Reads and writes the files of a data set: photos and label maps. Knows no tree."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils.errors import UserError
 from utils.files import write_whole
@@ -15,8 +16,23 @@ MASK_SUFFIXES = (".png", ".npy")
 SLIMMEST = 16  # the longer side is resized to at most so many times the short side that is asked for
 VOID_COLOUR = (224, 224, 192)  # what a label without a colour of its own looks like
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: turned or mirrored
+UPRIGHT = dict(
+    zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True)
+)  # orientation -> PIL's transposition that undoes it
 
 Colour = tuple[int, int, int]
+
+
+@contextlib.contextmanager
+def _named(path: str | Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"the {what} {path} does not exist") from None
+    except Exception as error:  # decoders raise nearly every type on damaged files
+        raise UserError(f"the {what} {path} cannot be read, it may be damaged: {error}") from error
 
 
 # ---- photos ------------------------------------------------------------------------------------------------
@@ -27,17 +43,12 @@ def read_photo(path: str | Path, short_side: int | None = None) -> Image.Image:
 
     Raises: UserError where the file is absent, damaged, too large to be a photo, or no picture at all.
     """
-    try:
-        with Image.open(path) as image:
-            size = image.size if short_side is None else scaled_size(image.size, short_side)
-            image.draft(None, size)  # a JPEG decodes up to 8 times smaller at no cost; never below `size`
-            orientation = _orientation(image)
-            photo = _to_rgb(image)
-    except Exception as error:  # decoders raise nearly every type on damaged files
-        raise _unreadable(path, "photo", error) from error
-    if photo.size != size:
-        photo = photo.resize(size, Image.Resampling.BILINEAR)
-    return upright(photo, orientation)
+    with _named(path, "photo"), Image.open(path) as image:
+        size = image.size if short_side is None else scaled_size(image.size, short_side)
+        image.draft(None, size)  # a JPEG decodes up to 8 times smaller at no cost; never below `size`
+        orientation = _orientation(image)
+        photo = _to_rgb(image)
+        return upright(photo if photo.size == size else photo.resize(size, Image.Resampling.BILINEAR), orientation)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -45,17 +56,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises: ValueError for pixels without a known range.
     """
-    orientation = _orientation(image)
-    return upright(_to_rgb(image), orientation)
+    return upright(_to_rgb(image), _orientation(image))
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
     """The stored pixels turned by their EXIF orientation."""
     if orientation == 1:
         return image
-    image.info.pop("exif", None)
-    image.getexif()[ORIENTATION] = orientation
-    return ImageOps.exif_transpose(image)
+    turned = image.transpose(UPRIGHT[orientation])
+    turned.info = {}  # it would say that the picture is still to be turned
+    return turned
 
 
 def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
@@ -63,13 +73,10 @@ def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
 
     Raises: UserError as `read_photo` does.
     """
-    try:
-        with Image.open(path) as image:
-            if _has_16_bits(image):
-                _to_rgb(image)  # its values may be out of range
-            return image.size, _orientation(image)
-    except Exception as error:
-        raise _unreadable(path, "photo", error) from error
+    with _named(path, "photo"), Image.open(path) as image:
+        if _has_16_bits(image):
+            _to_rgb(image)  # its values may be out of range
+        return image.size, _orientation(image)
 
 
 def photo_size(path: str | Path) -> tuple[int, int]:
@@ -96,7 +103,7 @@ def _orientation(image: Image.Image) -> int:
         found = Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own method would decode the pixels
     except Exception:  # damaged EXIF data does not make the pixels unusable
         return 1
-    return found if found in range(1, 9) else 1
+    return found if found in UPRIGHT else 1
 
 
 def _has_16_bits(image: Image.Image) -> bool:
@@ -114,7 +121,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     else:
-        photo = image.convert("RGB")
+        image.load()
+        photo = image if image.mode == "RGB" else image.convert("RGB")
     if has_16_bits and 0 < max(high for _, high in photo.getextrema()) < 16:
         raise ValueError(
             "its 16-bit values stay below 4096, as a 12-bit camera writes them, and would be nearly black; "
@@ -132,26 +140,19 @@ def read_labels(path: str | Path) -> np.ndarray:
     Raises: UserError where the file is absent, damaged, or holds something other than one label a pixel.
     """
     values, _ = read_values(path)
-    if values.ndim != 2:
-        raise UserError(f"the mask {path} holds colours; expected 8-bit grey or palette, a label id in each pixel")
-    if values.max() > 255:
-        raise UserError(f"the mask {path} holds values up to {values.max()}; label ids lie in 0..255")
-    return values.astype(np.uint8)
+    if values.ndim != 2 or values.dtype != np.uint8:
+        raise UserError(f"the mask {path} holds colours or values above 255; expected a label id of 0 to 255 a pixel")
+    return values
 
 
 def read_values(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """What a mask holds as it is, and the palette of an indexed one.
 
-    Shape: (H, W) or, for RGB, (H, W, 3), unsigned integers; (colours, 3) uint8.
+    Shape: (H, W) or, for RGB, (H, W, 3), uint8 or, where it needs them, uint16; (colours, 3) uint8.
     Raises: UserError where the file is absent, damaged, or can be no mask.
     """
-    path = Path(path)
-    try:
-        return (_read_npy(path), None) if path.suffix.lower() == ".npy" else _read_png(path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, "mask", error) from error
+    with _named(path, "mask"):
+        return (_read_npy(path), None) if Path(path).suffix.lower() == ".npy" else _read_png(path)
 
 
 def write_indexed(path: str | Path, labels: np.ndarray, palette: Sequence[Colour]) -> None:
@@ -175,7 +176,7 @@ def indexed_png(labels: np.ndarray, palette: Sequence[Colour]) -> bytes:
     return file.getvalue()
 
 
-def _read_png(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_png(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     with Image.open(path, formats=("PNG",)) as image:
         stored = image.tile[0][3]  # such as "L;4": a grey of 4 bits opens stretched to 0..255, labels would change
         if stored == "RGBA" and image.getextrema()[3] == (255, 255):
@@ -187,24 +188,18 @@ def _read_png(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             )
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
         values = np.array(image)
-        return values.astype(np.uint16) if stored == "I;16B" else values, palette
+        return values if stored != "I;16B" else _in_fewest_bytes(values), palette
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _read_npy(path: str | Path) -> np.ndarray:
     values = np.load(path, allow_pickle=False)
-    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0:
-        raise UserError(f"the mask {path} has shape {getattr(values, 'shape', None)}; expected (height, width)")
-    if values.dtype.kind not in "iu":
-        raise UserError(
-            f"the mask {path} holds {values.dtype}; expected integer label ids, e.g. labels.astype(np.uint8)"
-        )
-    low, high = values.min(), values.max()
-    if low < 0 or high > 65535:
-        raise UserError(f"the mask {path} holds values from {low} to {high}; expected 0 to 65535")
-    return values.astype(np.uint16 if high > 255 else np.uint8)
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "iu" or not values.size:
+        what = f"{getattr(values, 'dtype', type(values))} of shape {getattr(values, 'shape', None)}"
+        raise UserError(f"the mask {path} holds {what}; expected integer label ids (height, width)")
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"the mask {path} holds values from {values.min()} to {values.max()}; expected 0 to 65535")
+    return _in_fewest_bytes(values)
 
 
-def _unreadable(path: str | Path, what: str, error: Exception) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"the {what} {path} does not exist")
-    return UserError(f"the {what} {path} cannot be read, it may be damaged: {error}")
+def _in_fewest_bytes(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.uint16 if values.max() > 255 else np.uint8)

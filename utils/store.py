@@ -101,11 +101,6 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [part.movedim(-1, 0) if part.ndim == 3 else part for part in parts]
 
 
-def _short_side_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    scale = short_side / min(width, height)
-    return round(width * scale), round(height * scale)
-
-
 def free_memory() -> int:
     """Bytes that processes may still take: of the machine, and of its container where that has less."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**32
