@@ -1,12 +1,9 @@
 """What every entry point shares: a user's mistake becomes one line on stderr and exit status 2; bars of progress."""
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
@@ -15,8 +12,6 @@ from utils.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_WORTH_A_POOL = 48  # starting a worker takes about as long as this many files
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -54,33 +49,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_files(
-    function: Callable[[Item], Result], items: Sequence[Item], what: str, workers: int | None = None
-) -> list[Result]:
-    """`[function(item) for item in items]`, in order, on all cores; `function` must be importable.
-
-    Raises: UserError when a worker process was killed.
-    """
-    workers = min(workers or cores(), len(items) // _WORTH_A_POOL)
-    bar = {"desc": what, "unit": "file", "disable": not items}
-    if workers < 2:
-        return [function(item) for item in progress(items, **bar)]
-    # Not fork, which is all that tqdm's process_map can: its children copy locks that threads may hold, and when their
-    # parent is killed they live on with its lock on the files.
-    spawn = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent) as pool:
-            return list(progress(pool.map(function, items, chunksize=8), total=len(items), **bar))
-    except BrokenProcessPool:
-        raise UserError(
-            f"{what}: a worker process was killed, perhaps for want of memory; free some, and run again"
-        ) from None
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for its next item for ever."""
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def map_files(function: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
+    """`[function(item) for item in items]`, in threads: what reads and writes pictures lets others run meanwhile."""
+    with ThreadPoolExecutor(cores()) as pool:
+        done = pool.map(function, items)
+        return list(progress(done, total=len(items), desc=what, unit="file", disable=not items))
 
 
 class _Lines:
