@@ -31,9 +31,6 @@ CRITERIA = {  # a loss -> the decoding rule that suits what it trains: every nod
 }
 DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass", "level_sum")
 TTA = ("off", "flip", "full")  # flip doubles the work, full is 17 times as much
-OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("constant", "step", "poly", "cosine")
-NODE_WEIGHTS = ("none", "inverse_sqrt", "effective_number")
 METRICS = ("mIoU", "mIoU_with_background", "pixel_accuracy", "violation_rate")
 
 # Keys that may differ when a run is resumed: they change where and how, not what is computed.
@@ -128,16 +125,22 @@ class Config:
         "bce", 'a loss, or a weighted sum such as {"tree_min": 1.0, "bce": 1.0}', choices=CRITERIA, low=0
     )
     gamma: float = knob(2.0, "focusing exponent of the focal losses, 0: the plain loss", low=0, high=10)
-    node_weights: str = knob("none", "of each node's term, from the encoding's pixel counts", choices=NODE_WEIGHTS)
+    node_weights: str = knob(
+        "none",
+        "of each node's term, from the encoding's pixel counts",
+        choices=("none", "inverse_sqrt", "effective_number"),
+    )
 
     # --- optimisation ---
-    optimizer: str = knob("sgd", "sgd needs lr near 0.01, adam and adamw near 0.001", choices=OPTIMIZERS)
+    optimizer: str = knob("sgd", "sgd needs lr near 0.01, adam and adamw near 0.001", choices=("sgd", "adam", "adamw"))
     lr: float = knob(0.01, "peak learning rate", above=0)
     encoder_lr_factor: float = knob(1.0, "rate of the encoder over lr; 0.1 to 0.5 where it is pretrained", low=0)
     freeze_encoder_epochs: int = knob(0, "first epochs in which the encoder is left as it starts", low=0)
     momentum: float = knob(0.9, "of sgd; the first beta of adam and adamw", low=0, high=0.9999)
     weight_decay: float = knob(1e-4, "of all weights but biases and normalisation", low=0)
-    schedule: str = knob("poly", "how lr falls from its peak, as a function of the step", choices=SCHEDULES)
+    schedule: str = knob(
+        "poly", "how lr falls from its peak, as a function of the step", choices=("constant", "step", "poly", "cosine")
+    )
     warmup_epochs: float = knob(0.0, "epochs of linear growth to lr, or a part; cut to half of a shorter run", low=0)
     poly_power: float = knob(0.9, "of the poly schedule", above=0)
     batch_size: int = knob(15, "crops per process and step", low=1)

@@ -38,12 +38,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint{_others(path)}") from None
+        raise UserError(f"{path}: no such checkpoint{_others(path.parent)}") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: the checkpoint cannot be read ({error.strerror})") from None
-    if data[:2] != b"PK":
-        what = "empty" if not data else "not a checkpoint of this project"
-        raise DamagedCheckpoint(f"{path}: {what}; expected an archive written by train.py")
     try:
         if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
@@ -96,16 +93,6 @@ def newest_valid(folder: Path, say=print) -> Path | None:
     return None
 
 
-def newer_than(state: dict, folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder that hold more training than `state`, the newest first."""
-    newer = []
-    for path in _newest_first(folder):
-        with contextlib.suppress(UserError, KeyError, TypeError):  # no run can go on from such a one
-            if _batches_done(load_checkpoint(path)) > _batches_done(state):
-                newer.append(path)
-    return newer
-
-
 def keep_newest(folder: Path, keep: int) -> None:
     """Removes all but the `keep` numbered checkpoints written last; best, last and previous stay."""
     for path in [path for path in _newest_first(folder) if NUMBERED.fullmatch(path.name)][keep:]:
@@ -113,16 +100,13 @@ def keep_newest(folder: Path, keep: int) -> None:
 
 
 def find_checkpoint(name: str, folder: Path, root: Path) -> Path:
-    """`best`, `last`, `checkpoint_7` or a path -> the file.
-
-    Raises: UserError that lists what is there.
-    """
+    """`best`, `last`, `checkpoint_7` or a path -> the file. Raises: UserError that lists what is there."""
     for path in (folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)):
         if os.path.isfile(path):  # False, too, for names that no file can have
             return path
     if os.path.isdir(name):
-        raise UserError(f"{name} is a folder; name one checkpoint{_others(Path(name) / 'x')}")
-    raise UserError(f"{name!r}: no such checkpoint{_others(folder / 'x')}")
+        raise UserError(f"{name} is a folder; name one checkpoint{_others(Path(name))}")
+    raise UserError(f"{name!r}: no such checkpoint{_others(folder)}")
 
 
 def find_model(name: str, root: Path) -> Path:
@@ -152,11 +136,6 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (path.name == "last.pt", path.stat().st_mtime_ns), reverse=True)
 
 
-def _batches_done(state: dict) -> tuple[int, int]:
-    """Epochs, and batches of the next one over all processes."""
-    return state["epoch"], state["batch"] * state["world"]
-
-
-def _others(path: Path) -> str:
-    names = sorted(other.name for other in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-    return f"; {path.parent} holds {', '.join(names[-8:])}" if names else f"; {path.parent} holds no checkpoints"
+def _others(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*.pt")) if folder.is_dir() else []
+    return f"; {folder} holds {', '.join(names[-8:]) or 'no checkpoints'}"

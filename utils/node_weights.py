@@ -8,8 +8,6 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
-NODE_WEIGHTS = ("none", "inverse_sqrt", "effective_number")
-
 
 def node_weights(mode: str, pixel_counts: Sequence[int], h: Hierarchy) -> Tensor | None:
     """Weights per node with mean 1 from how many pixels carry each node as their label; None for "none".
@@ -19,17 +17,12 @@ def node_weights(mode: str, pixel_counts: Sequence[int], h: Hierarchy) -> Tensor
     close to 1 / f for rare nodes. A node without pixels gets the largest weight of the others.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019 (effective number).
-    Raises: UserError for an unknown mode, or counts that do not fit the tree.
+    Raises: UserError for counts that do not fit the tree, or are all 0.
     """
-    if mode not in NODE_WEIGHTS:
-        raise UserError(f"node weights: unknown mode {mode!r}; choose from {', '.join(NODE_WEIGHTS)}")
     if mode == "none":
         return None
-    if len(pixel_counts) != h.num_nodes or min(pixel_counts) < 0 or sum(pixel_counts) == 0:
-        raise UserError(
-            f"node weights: {mode!r} needs {h.num_nodes} pixel counts, not all 0, for the tree {h.name!r}; got "
-            f"{list(pixel_counts)}; encode the masks again"
-        )
+    if len(pixel_counts) != h.num_nodes or not sum(pixel_counts):
+        raise UserError(f"key 'node_weights': no pixel of the tree {h.name!r} was counted; encode the masks again")
     counts = torch.zeros(h.num_nodes, dtype=torch.float64)
     for v, count in enumerate(pixel_counts):
         counts[list(h.paths[v])] += count
