@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import models.hseg
-from configs.config import Config, load_config
+from configs.config import Config
 from manage.checkpoint import load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.train_manager import TrainManager
@@ -58,30 +58,6 @@ def train(keys, resume=None, overwrite=False, take_over=False, **changes):
 
 def evaluate(keys, checkpoint=None, **changes):
     return lambda: EvaluationManager(Config(**(keys | changes)), EvaluationOptions(checkpoint=checkpoint))
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ('{"lr": NaN}', ["NaN"]),
-        ('{"lr": 1, "lr": 2}', ["lr", "twice"]),
-        ("[1]", ["expected a JSON object"]),
-        ('{"exp_name": "../x"}', ["exp_name", "no folders"]),
-        ('{"criterion": "tree_mim"}', ["criterion", "did you mean 'tree_min'"]),
-        ('{"criterion": {"bce": 0}}', ["criterion", "weight above 0"]),
-        ('{"crop_size": 100}', ["crop_size", "multiple of 32", "128"]),
-        ('{"device": "gpu"}', ["device", "cuda"]),
-    ],
-)
-def test_a_config_with_a_mistake_names_file_and_key(tmp_path, text, parts):
-    path = tmp_path / "c.json"
-    path.write_text(text)
-    refused(lambda: load_config(path), *parts)
-
-
-def test_a_config_that_is_not_there_names_its_neighbours(tmp_path):
-    (tmp_path / "right.json").write_text("{}")
-    refused(lambda: load_config(tmp_path / "wrong.json"), "wrong.json", "no such file", "right.json")
 
 
 @pytest.mark.parametrize(
