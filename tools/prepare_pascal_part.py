@@ -1,7 +1,6 @@
 """Prepares Pascal-Person-Part in the project's layout from the raw annotations of Pascal-Part.
 
     python tools/prepare_pascal_part.py downloads --out data/pascal_part      # the public archives, unpacked there
-    python tools/prepare_pascal_part.py --annotations D --photos D --out data/pascal_part
 
 Writes JPEGImages, gt_masks, classes.txt, train_id.txt and val_id.txt (the official split), dataset.json (what was
 counted, left out and at fault) and contact_sheet.jpg, to be looked at. The folder is there whole or not at all.
@@ -20,12 +19,16 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+try:
+    from scipy.io import loadmat
+except ImportError:  # nothing else needs it
+    loadmat = None
 
 from utils.cli import map_files, run_main
 from utils.errors import UserError
@@ -55,9 +58,12 @@ CLASS_OF_PART = {part: name for name, parts in PARTS_OF_CLASS.items() for part i
 def main() -> int:
     """Source -> folder; 1 if any photo was at fault."""
     args = parse_args()
-    annotations, photos_dir = find_source(args)
+    if loadmat is None:
+        raise UserError("scipy reads the raw annotations; install it with: pip install -r requirements-tools.txt")
+    if args.out.resolve() in (args.source.resolve(), *args.source.resolve().parents):
+        raise UserError(f"--out {args.out} holds the source; choose another folder")
+    annotations, photos_dir = find_folder(args.source, ANNOTATIONS), find_folder(args.source, PHOTOS)
     print(f"found annotations in {annotations}\n      photos in {photos_dir}")
-    import_loadmat()  # before anything is written
     try:
         if args.out.exists() and any(args.out.iterdir()):
             if not args.overwrite:
@@ -72,37 +78,17 @@ def main() -> int:
     return 1 if record["problems"] else 0
 
 
-def find_source(args: argparse.Namespace) -> tuple[Path, Path]:
-    """The folders of annotations and photos: under `args.source`, or given one by one.
-
-    Raises: UserError where one is missing, empty or could be several, or lies in `args.out`.
-    """
-    for folder in filter(None, (args.source, args.annotations, args.photos)):
-        if not folder.is_dir():
-            raise UserError(f"the folder {folder} does not exist; unpack the archives and name that folder")
-        if args.out.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise UserError(f"--out {args.out} holds the source; choose another folder")
-    if args.source is None and not (args.annotations and args.photos):
-        raise UserError("say where the data is: a SOURCE folder, or --annotations D and --photos D")
-    annotations = args.annotations or find_folder(args.source, ANNOTATIONS, "--annotations")
-    photos = args.photos or find_folder(args.source, PHOTOS, "--photos")
-    if not any(annotations.glob("*.mat")):
-        raise UserError(
-            f"{annotations} holds no .mat file. Name the folder of raw annotations with --annotations; masks need no "
-            "preparation: give them to tools/dataset_hie_enc.py, see docs/data.md"
-        )
-    return annotations.resolve(), photos.resolve()
-
-
-def find_folder(root: Path, name: str, option: str) -> Path:
-    """The only folder of that name at or below `root`, those that this tool wrote left out."""
+def find_folder(root: Path, name: str) -> Path:
+    """The only folder of that name at or below `root`, those that this tool wrote left out. Raises: UserError."""
     found = [root] if root.name == name else sorted(root.rglob(name))
     ours = {path.parent for path in found if (path.parent / RECORD).exists() or path.parent.name.startswith(".")}
-    found = [path for path in found if path.is_dir() and path.parent not in ours]
-    if len(found) > 1:
-        raise UserError(f"several folders could be meant: {', '.join(map(str, found))}; choose by {option}")
-    if not found:
-        raise UserError(f"no folder named {name} in {root} or below; give it by {option}")
+    found = [path.resolve() for path in found if path.is_dir() and path.parent not in ours]
+    if len(found) != 1:
+        what = f"several folders could be meant: {', '.join(map(str, found))}" if found else "none is there"
+        raise UserError(
+            f"looked for one folder {name} in {root} or below, {what}. Unpack the archives, and name the folder that "
+            "holds what they hold (masks need no preparation: see docs/data.md)"
+        )
     return found[0]
 
 
@@ -118,7 +104,7 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path, copy: bool) ->
     left_out = Counter(o.left_out for o in outcomes if o.left_out)
     if not counts:
         print_problems(problems)
-        raise UserError(f"no photo of {len(items)} could be prepared from {annotations}; see above")
+        raise UserError(f"none of the {len(items)} annotations in {annotations} could be prepared; see above")
 
     split = {name: [i for i in read_ids(path) if i in counts] for name, path in OFFICIAL.items()}
     if all(split.values()):
@@ -178,14 +164,12 @@ def read_things(path: Path) -> list[tuple[bool, list[tuple[str, np.ndarray]]]]:
     Raises: UserError for a damaged file, or one that is not as Pascal-Part has them.
     """
     try:
-        anno = import_loadmat()(path, struct_as_record=False, squeeze_me=True, variable_names=["anno"])["anno"]
+        anno = loadmat(path, struct_as_record=False, squeeze_me=True, variable_names=["anno"])["anno"]
         # loadmat squeezes: one struct stands alone, none is an empty array, several are an array
         return [
             (thing.__dict__["class"] == "person", [(str(p.part_name), p.mask) for p in np.atleast_1d(thing.parts)])
             for thing in np.atleast_1d(anno.objects)
         ]
-    except UserError:
-        raise
     except Exception as error:  # scipy raises nearly every type on damaged files
         raise UserError(f"the annotation {path} cannot be read, or is none of Pascal-Part: {error}") from error
 
@@ -208,18 +192,6 @@ def painted(things: list, size: tuple[int, int], id_of_class: dict[str, int]) ->
                 raise UserError(f"the mask of part {name!r} is {there}, the photo {size[0]}x{size[1]}")
             labels[mask != 0] = id_of_class[CLASS_OF_PART[name]] if is_person else 0
     return labels
-
-
-def import_loadmat() -> Callable[..., dict[str, Any]]:
-    """Imported late: nothing else needs scipy. Raises: UserError where it is missing."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError(
-            "scipy is missing; it reads the raw .mat annotations. Install it with: "
-            "pip install -r requirements-tools.txt"
-        ) from None
-    return loadmat
 
 
 def place_photo(photo: Path, target: Path, copy: bool) -> None:
@@ -283,10 +255,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("source", nargs="?", type=Path, help=f"folder with {ANNOTATIONS} and {PHOTOS} below it")
+    add("source", type=Path, help=f"folder with {ANNOTATIONS} and {PHOTOS} below it")
     add("--out", type=Path, required=True, help="folder to write, e.g. data/pascal_part")
-    add("--annotations", type=Path, help="the folder of the .mat files, where it is not found")
-    add("--photos", type=Path, help="the folder of the photos, where it is not found")
     add("--copy", action="store_true", help="copy photos; default: hard links, which take no space")
     add("--overwrite", action="store_true", help="set what is in --out aside, as <out>.old-<time>")
     return parser.parse_args()
