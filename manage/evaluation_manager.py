@@ -21,6 +21,7 @@ from configs.config import (
     Config,
     config_from_dict,
     default_decode,
+    differences,
     load_config,
     parse_overrides,
 )
@@ -41,6 +42,7 @@ from utils.hierarchy import Hierarchy
 from utils.images import read_photo
 from utils.metrics import LevelScores
 
+OF_THE_NETWORK = ("encoder", "decoder_channels", "short_side", "decode", "root_bias", "tta")  # keys of its training
 N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
 
 
@@ -194,15 +196,15 @@ class EvaluationManager:
 
     def _say_what_is_not_used(self, config: Config) -> None:
         """A network is fed and decoded as it was trained, whatever the config says of that."""
-        own, notes = self.trained_with, []
+        notes = []
         if config.hierarchy_file.is_file():
             changes = tree_changes(self.hierarchy, Hierarchy.load(config.hierarchy_file))
             if changes := [text for text in changes if not text.startswith("'name'")]:
                 notes.append(f"the config's tree is another one ({'; '.join(changes)}): scores are by the checkpoint's")
-        for key in ("encoder", "decoder_channels", "short_side", "decode", "root_bias", "tta"):
-            ours, theirs = getattr(config, key), getattr(own, key)
-            if getattr(self.options, key, None) is None and ours not in (theirs, getattr(Config(), key)):
-                notes.append(f"the config's {key} {ours} is not used, but the checkpoint's own {theirs}")
+        for key, (ours, own) in differences(config, self.trained_with).items():
+            is_given = getattr(self.options, key, None) is not None or ours == getattr(Config(), key)
+            if key in OF_THE_NETWORK and not is_given:
+                notes.append(f"the config's {key} {ours} is not used, but the checkpoint's own {own}")
         if distributed.is_main():
             for note in notes:
                 print(f"note: {note}")
@@ -372,12 +374,12 @@ class PictureWriter:
     def _collect(self, allowed: int) -> None:
         """Waits until at most `allowed` pixels are being drawn; an error while drawing is raised here."""
         while sum(pixels for _, pixels in self.jobs) > allowed:
-            try:
-                self.jobs.pop(0)[0].result()
-            except OSError as error:
-                raise UserError(f"{self.folder}: pictures cannot be written ({error.strerror})") from None
+            self.jobs.pop(0)[0].result()
 
     def _draw(self, sample_id: str, path: Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         photo = np.asarray(read_photo(path))  # as the camera took it, not as the network was fed
-        visualize.write_maps(self.folder, sample_id, photo, leaves, self.hierarchy)
-        report.write_photo(self.folder / "report", sample_id, photo, maps)
+        try:
+            visualize.write_maps(self.folder, sample_id, photo, leaves, self.hierarchy)
+            report.write_photo(self.folder / "report", sample_id, photo, maps)
+        except OSError as error:
+            raise UserError(f"{self.folder}: pictures cannot be written ({error.strerror})") from None

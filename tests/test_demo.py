@@ -67,11 +67,10 @@ def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(pred
         assert maps[level, 30, 0, 0] == 0
 
 
-def test_an_offset_of_the_background_moves_the_border(predictor, photo, tree):
+def test_an_offset_of_the_background_moves_the_border(predictor, photo):
     result = demo.predict(predictor, str(photo))
-    assert (demo.decode_again(predictor, result, "logit_sum", 0.0).leaves == 0).mean() == 0.5
-    assert (demo.decode_again(predictor, result, "logit_sum", 30.0).leaves == 0).all()
-    assert (demo.decode_again(predictor, result, "logit_sum", -30.0).leaves != 0).all()
+    shares = [(demo.decode_again(predictor, result, "logit_sum", o).leaves == 0).mean() for o in (-30.0, 0.0, 30.0)]
+    assert shares == [0, 0.5, 1]
 
 
 def test_a_large_photo_is_reduced(predictor, tmp_path):
@@ -84,10 +83,8 @@ def test_a_large_photo_is_reduced(predictor, tmp_path):
 def test_the_masks_are_those_of_predict(predictor, photo):
     result = demo.predict(predictor, str(photo))
     with zipfile.ZipFile(demo.to_download(result, photo)) as archive:
-        names = {name for name in archive.namelist() if not name.endswith("/")}
-        assert {"parts/two.halves.png", "overlay/two.halves.jpg"} <= names
-        mask = np.array(Image.open(archive.open("parts/two.halves.png")))
-    assert (mask == result.leaves).all()
+        assert "overlay/two.halves.jpg" in archive.namelist()
+        assert (np.array(Image.open(archive.open("parts/two.halves.png"))) == result.leaves).all()
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
@@ -165,16 +162,11 @@ def test_a_photo_in_the_browser(page, photo, width):
 
 
 @pytest.mark.slow
-def test_a_file_that_is_no_photo_is_named(page, tmp_path):
+def test_a_file_that_is_no_photo_is_named_and_nothing_is_asked_of_another_host(page, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no photo")
     page.refresh()
     drop(page, tmp_path / "broken.png")
     wait_until(page, lambda: "broken.png cannot be read" in text(page, "body"))
-
-
-@pytest.mark.slow
-def test_nothing_is_asked_of_another_host(page):
-    wait_until(page, lambda: page.find_element("css selector", "input[type=file]"))
     entries = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
     assert len(asked) > 10

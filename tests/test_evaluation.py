@@ -1,6 +1,5 @@
 """evaluate.py: where the scores of a checkpoint go, and what is recorded of it."""
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -8,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configs.config import Config
 from manage import evaluation_manager, tables
-from manage.checkpoint import checkpoint_digest
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
 from manage.predictor import Predictor
 from tests.test_predict import SLIM, write_checkpoint
-from utils import visualize
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
 from utils.ids import read_ids
-from utils.images import read_labels, read_photo
+from utils.images import read_labels
 from utils.metrics import LevelScores, scores_from_confusion
 
 
@@ -46,27 +44,23 @@ def evaluate(config: Config, checkpoint: str | Path | None = None, **options) ->
     return manager.folder, manager.run()
 
 
-def test_the_digest_of_the_checkpoint_and_the_precision_of_the_evaluation_are_recorded(config: Config) -> None:
-    path, config.amp = config.checkpoints_dir / "best.pt", "bf16"
-    _, record = evaluate(config, "best")
-    assert record["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() == checkpoint_digest(path)
-    assert (record["amp"], record["config"]["amp"]) == ("bf16", "auto")
-
-
-def test_scores_of_another_experiments_checkpoint_leave_the_own_ones_in_place(config, tmp_path, tree) -> None:
-    path = tmp_path / "experiments" / "theirs" / "models_checkpoints" / "best.pt"
-    other = write_checkpoint(path, tree, exp_name="theirs")
-    own, record = evaluate(config, "best")
-    assert (own.name, record["checkpoint"]) == ("best", "best.pt")
+def test_scores_of_another_experiments_checkpoint_leave_the_own_ones_in_place(config, tmp_path, tree, monkeypatch):
+    other = write_checkpoint(tmp_path / "experiments/theirs/models_checkpoints/best.pt", tree, exp_name="theirs")
+    config.amp = "bf16"
+    own, record = evaluate(config)
+    assert (own.name, record["checkpoint"], record["amp"], record["config"]["amp"]) == (
+        "best",
+        "best.pt",
+        "bf16",
+        "auto",
+    )
+    assert record["checkpoint_sha256"] == hashlib.sha256((config.checkpoints_dir / "best.pt").read_bytes()).hexdigest()
     foreign, record = evaluate(config, other)
     assert (foreign.name, record["checkpoint"]) == ("theirs-best", str(other))
     assert sorted(folder.name for folder in own.parent.iterdir()) == ["best", "theirs-best"]
-
-
-def test_own_checkpoints_are_known_by_any_path(config, monkeypatch, tree) -> None:
     fitted = write_checkpoint(config.checkpoints_dir / "fitted" / "best_mass.pt", tree, exp_name="ours")
     monkeypatch.chdir(config.checkpoints_dir)
-    for path, name in ((config.checkpoints_dir / "best.pt", "best"), ("./best.pt", "best"), (fitted, "best_mass")):
+    for path, name in (("./best.pt", "best"), (fitted, "best_mass")):  # the own ones are known by any path
         assert EvaluationManager(config, EvaluationOptions(str(path))).folder.name == name
 
 
@@ -99,8 +93,6 @@ def test_what_the_command_line_names_wins_and_other_rules_go_without_the_offset(
     _, biased = evaluate(config, decode="leaf", root_bias={"body": 1000.0}, all_rules=True)
     for rule, scores in biased["rules"].items():
         assert (scores == plain["rules"][rule]) == (rule != "leaf")
-    with pytest.raises(UserError, match="'torso' is not a root of the tree; its roots are background, body"):
-        evaluate(config, root_bias={"torso": 1.0})
 
 
 def test_a_checkpoint_file_is_all_that_evaluation_needs_beside_the_data(config, tmp_path, sample_data, tree) -> None:
@@ -156,29 +148,19 @@ def test_an_equal_evaluation_is_replaced_and_another_one_set_aside(config, best)
     assert read_json(folder / "scores.json") == latest
 
 
-# --- views and windows ---
-def test_views_and_windows_are_recorded_and_named(config) -> None:
-    folder, record = evaluate(config, tta="flip", tile=256, pictures=True)
-    assert (folder.name, record["tta"], record["tile"]) == ("best-flip-tile256", "flip", 256)
-    with pytest.raises(UserError, match="tile 8: expected at least 256"):
-        evaluate(config, tile=8)
-
-
-def test_overlays_are_drawn_on_the_photo_at_its_own_size(config, best, tree) -> None:
+def test_views_and_windows_are_recorded_and_overlays_have_the_photos_own_size(config, best) -> None:
     best(short_side=32)
-    config.short_side = 32
-    folder, _ = evaluate(config, limit=1, pictures=True)
+    folder, record = evaluate(config, tta="flip", tile=256, limit=1, pictures=True)
+    assert (folder.name, record["tta"], record["tile"]) == ("best-limit1-flip-tile256", "flip", 256)
     photo = next(config.images_dir.glob(f"{read_ids(config.ids_file('val'))[0]}.*"))
-    leaves = read_labels(folder / "pictures" / "parts" / f"{photo.stem}.png")
-    visualize.write_maps(folder / "again", photo.stem, np.asarray(read_photo(photo)), leaves, tree)
-    expected = (folder / "again" / "overlay" / f"{photo.stem}.jpg").read_bytes()
-    assert expected == next((folder / "pictures" / "overlay").iterdir()).read_bytes()
+    with Image.open(photo) as taken, Image.open(folder / f"pictures/overlay/{photo.stem}.jpg") as drawn:
+        assert drawn.width == max(taken.width, 200)  # room for the legend
+        assert read_labels(folder / f"pictures/parts/{photo.stem}.png").shape == taken.size[::-1]
 
 
 @pytest.mark.parametrize("short_side", [None, 48])
 def test_photos_that_go_through_together_count_the_same_to_the_last_pixel(config, best, monkeypatch, short_side):
     best(short_side=short_side)
-    config = dataclasses.replace(config, short_side=short_side)
     groups, rows_of_each = [], evaluation_manager.rows_of_each
     spy = lambda network, group, **how: (groups.append(len(group)), rows_of_each(network, group, **how))[1]  # noqa: E731
     monkeypatch.setattr(evaluation_manager, "rows_of_each", spy)

@@ -1,8 +1,6 @@
 """From a checkpoint to label maps: the predictor, and tools/predict.py."""
 
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 
 from configs.config import config_from_dict
-from manage.checkpoint import load_checkpoint, pack
+from manage.checkpoint import pack
 from manage.inference import photo_logits
 from manage.predictor import Predictor
 from models.hseg import HSEG
@@ -22,7 +20,6 @@ from utils.errors import UserError
 from utils.files import write_whole
 from utils.images import read_labels, read_photo
 
-REPO = Path(__file__).resolve().parents[1]
 SLIM = [8, 8, 8, 8, 8]
 
 
@@ -51,7 +48,9 @@ def pixels(photo: Image.Image) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tree) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("experiment") / "models_checkpoints" / "best.pt", tree)
+    """All that is needed: the tree's file is gone."""
+    path = tmp_path_factory.mktemp("experiment") / "models_checkpoints" / "best.pt"
+    return write_checkpoint(path, tree, hierarchy="gone.json")
 
 
 @pytest.fixture(scope="module")
@@ -87,40 +86,14 @@ def test_levels_follow_from_the_leaves_and_shares_from_both(predictor, tree):
     assert sum(result.shares[tree.names[root]] for root in tree.roots) == pytest.approx(1)
 
 
-def test_the_prediction_is_what_evaluation_decodes(predictor, tree):
-    logits = photo_logits(predictor.network, pixels(noise(75, 50)), (50, 75))
-    result = predictor(noise(75, 50))
-    assert np.array_equal(result.leaves, DECODERS["logit_sum"](logits, tree)[0].numpy())
-    assert np.allclose(result.scores, logits[0].sigmoid().numpy(), rtol=1e-6)  # vectorised and scalar sigmoid differ
-
-
 def test_a_photo_on_its_side_is_predicted_upright(predictor, tmp_path):
-    upright = noise(60, 40)
-    exif = Image.Exif()
+    upright, exif = noise(60, 40), Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     expected = predictor(upright).leaves
     with Image.open(tmp_path / "turned.png") as photo:
         assert np.array_equal(predictor(photo).leaves, expected)
     assert np.array_equal(predictor.predict_file(tmp_path / "turned.png").leaves, expected)
-
-
-@pytest.mark.parametrize("tta", ["flip", "full"])
-def test_with_tta_a_mirrored_photo_gives_the_mirrored_logits(checkpoint, predictor, tta):
-    photo, with_tta = noise(75, 50), Predictor.load(checkpoint, "cpu", tta=tta)
-    mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    ours, theirs = with_tta(photo).logits, with_tta(mirrored).logits
-    torch.testing.assert_close(ours, theirs.flip(-1), atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(ours, predictor(photo).logits, atol=1e-3)
-
-
-def test_a_fitted_bias_belongs_to_its_own_rule(tmp_path, tree):
-    path = write_checkpoint(tmp_path / "c.pt", tree, root_bias={"body": -1000.0})
-    photo = noise(40, 40)
-    assert Predictor.load(path, "cpu")(photo).shares["body"] == 0
-    other = Predictor.load(path, "cpu", decode="prob_sum")
-    assert other.decoding.root_bias == {}
-    assert other(photo).shares["body"] > 0
 
 
 def test_the_short_side_of_training_is_used_but_a_slim_photo_is_not_blown_up(tmp_path, tree):
@@ -131,28 +104,29 @@ def test_the_short_side_of_training_is_used_but_a_slim_photo_is_not_blown_up(tmp
 
 
 @pytest.mark.parametrize("size", [(300, 150), (60, 30), (400, 50), (2000, 50)])
-def test_a_file_is_read_as_evaluation_reads_it(tmp_path, tree, size):
+def test_a_file_is_read_as_evaluation_reads_it_and_shown_at_its_own_size(tmp_path, tree, size):
     """A JPEG, which decodes smaller at once, so that reading and then resizing would give other pixels."""
     predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
     noise(*size).save(tmp_path / "photo.jpg")
-    expected = photo_logits(predictor.network, pixels(read_photo(tmp_path / "photo.jpg", 64)), size[::-1])
-    assert torch.equal(predictor.predict_file(tmp_path / "photo.jpg").logits, expected[0])
+    logits = photo_logits(predictor.network, pixels(read_photo(tmp_path / "photo.jpg", 64)), size[::-1])
+    result = predictor.predict_file(tmp_path / "photo.jpg")
+    assert torch.equal(result.logits, logits[0])
+    assert np.array_equal(result.leaves, DECODERS["logit_sum"](logits, tree)[0].numpy())
+    assert np.array_equal(np.asarray(result.photo), np.asarray(read_photo(tmp_path / "photo.jpg")))
 
 
-def test_a_checkpoint_of_half_precision_is_computed_in_single(checkpoint, predictor, tmp_path):
-    state = load_checkpoint(checkpoint)
-    state["model"] = {
-        key: value.half() if value.is_floating_point() else value for key, value in state["model"].items()
-    }
-    write_whole(pack(state), tmp_path / "half.pt")
-    half = Predictor.load(tmp_path / "half.pt", "cpu")
-    assert {value.dtype for value in half.network.parameters()} == {torch.float32}
-    torch.testing.assert_close(half(noise(40, 40)).logits, predictor(noise(40, 40)).logits, atol=0.1, rtol=0.05)
-
-
-def test_an_unknown_rule_is_refused(checkpoint):
-    with pytest.raises(UserError, match="'best' is no decoding rule; expected one of logit_sum"):
-        Predictor.load(checkpoint, "cpu", decode="best")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": "best"}, "'best' is no decoding rule; expected one of logit_sum"),
+        ({"root_bias": {"torso": 1.0}}, "'torso' is not a root of the tree; its roots are background, body"),
+        ({"tta": "both"}, "tta 'both': expected one of off, flip, full"),
+        ({"tile": 8}, "tile 8: expected at least 256"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(checkpoint, options, message):
+    with pytest.raises(UserError, match=message):
+        Predictor.load(checkpoint, "cpu", **options)
 
 
 # --- tools/predict.py ---
@@ -172,7 +146,7 @@ def photos(tmp_path) -> Path:
 def run(monkeypatch, checkpoint, tmp_path):
     """Calls the tool; returns its exit status."""
 
-    def call(*arguments, checkpoint: Path = checkpoint) -> int:
+    def call(*arguments, checkpoint: Path = checkpoint.parents[1]) -> int:
         words = [*arguments, "--checkpoint", checkpoint, "--device", "cpu", "--out", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
         return predict.main()
@@ -185,10 +159,11 @@ def lines(out: Path) -> list[dict]:
 
 
 def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, predictor, capsys):
+    noise(40, 34).save(photos / "b.tif")
     assert run(photos, "--scores") == 0
     assert "skipped in folders: 1 .txt, 1 hidden" in capsys.readouterr().out
     out = tmp_path / "out"
-    assert [line["name"] for line in lines(out)] == ["a", "deep/a"]
+    assert [line["name"] for line in lines(out)] == ["a", "b", "deep/a"]
     expected = predictor(Image.open(photos / "a.png"))
     for level, folder in enumerate(predictor.hierarchy.level_names):
         assert np.array_equal(read_labels(out / folder / "a.png"), expected.levels[level])
@@ -201,28 +176,9 @@ def test_a_folder_is_predicted_with_all_folders_in_it(run, photos, tmp_path, pre
         assert overlay.height > 34  # the legend stands below
 
 
-def test_photos_of_other_known_kinds_are_found_and_an_experiment_is_named_by_its_folder(
-    run, tmp_path, checkpoint, predictor
-):
-    for name in ("a.tif", "b.GIF"):
-        noise(40, 34).save(tmp_path / name)
-    assert run(tmp_path, checkpoint=checkpoint.parents[1]) == 0
-    assert [line["name"] for line in lines(tmp_path / "out")] == ["a", "b"]
-    expected = predictor(noise(40, 34)).leaves
-    assert np.array_equal(read_labels(tmp_path / "out" / "parts" / "a.png"), expected)
-
-
 def test_spoilt_weights_stop_it_with_the_photos_path(run, photos, tmp_path, tree):
     with pytest.raises(UserError, match=r"photo '.*a.png': the network's logits are not finite"):
         run(photos, checkpoint=write_checkpoint(tmp_path / "nan.pt", tree, torch.nan))
-
-
-def test_an_overlay_is_drawn_on_the_photo_at_its_own_size(tmp_path, tree):
-    predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=32), "cpu")
-    noise(90, 60).save(tmp_path / "a.png")
-    result = predictor.predict_file(tmp_path / "a.png", keep_logits=False)
-    assert np.array_equal(np.asarray(result.photo), np.asarray(noise(90, 60)))
-    assert result.logits is None
 
 
 def test_an_unreadable_photo_is_named_and_the_rest_done(run, photos, tmp_path, capsys):
@@ -259,15 +215,3 @@ def test_a_path_that_names_nothing_is_a_mistake(run, tmp_path):
     for name, message in (("absent.jpg", r"absent.*no such photo"), ("empty", "holds no photo")):
         with pytest.raises(UserError, match=message):
             run(tmp_path / name)
-
-
-@pytest.mark.slow
-def test_nothing_but_the_checkpoint_is_needed(checkpoint, photos, tmp_path):
-    """The code without one config or tree file, called from elsewhere."""
-    code = tmp_path / "code"
-    for folder in ("configs", "utils", "models", "manage", "tools"):
-        shutil.copytree(REPO / folder, code / folder, ignore=shutil.ignore_patterns("*.json", "__pycache__", "data"))
-    command = [sys.executable, code / "tools" / "predict.py", photos / "a.png", "--checkpoint", checkpoint]
-    done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(lines(tmp_path / "outputs" / "predictions")) == 1

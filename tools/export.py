@@ -69,7 +69,9 @@ class Exportable(nn.Module):
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
-        self.network, self.rule, self.hierarchy = predictor.network, predictor.decoding.rule, predictor.hierarchy
+        # kernels of channels_last would lead to a program for batches of more than one
+        self.network = predictor.network.to(memory_format=torch.contiguous_format)
+        self.rule, self.hierarchy = predictor.decoding.rule, predictor.hierarchy
         self.tta, mirror, device = predictor.how["tta"], predictor.how["mirror"], predictor.device
         self.register_buffer("mirror", None if mirror is None else torch.tensor(mirror, device=device))
         self.register_buffer("leaf_ids", self.hierarchy.leaf_index(device).clone())
