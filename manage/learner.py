@@ -35,8 +35,8 @@ class Learner:
         self.amp = chosen_amp(device, config.amp)
         on_gpu_in_half = device.type == "cuda" and self.amp != "off"
         self.is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
-        layout = torch.channels_last if self.is_channels_last else torch.preserve_format
-        self.network = build_network(config, hierarchy, encoding.pixels).to(device, memory_format=layout)
+        self.layout = torch.channels_last if self.is_channels_last else torch.preserve_format
+        self.network = build_network(config, hierarchy, encoding.pixels).to(device, memory_format=self.layout)
         if config.sync_batchnorm:
             if device.type != "cuda":
                 raise UserError("key 'sync_batchnorm': works on GPUs only; set it to false")
@@ -96,15 +96,14 @@ class Learner:
         encoder_factor = 0.0 if is_frozen else self.config.encoder_lr_factor
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr * (encoder_factor if parameters["is_encoder"] else 1.0)
-        batches = [self._to_device(batch) for batch in group]
-        shares = self._shares([labels for _, labels in batches])
+        shares = self._shares([batch.labels for batch in group])
         step_loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for part, (images, labels) in enumerate(batches):
+        for part, batch in enumerate(group):
             with self._without_sync(part < len(group) - 1):
                 with autocast(self.device, self.amp):
-                    logits = self.trained(images)
-                loss = self.criterion(logits.float(), labels) * shares[part]
+                    logits = self.trained(batch.image.to(memory_format=self.layout))
+                loss = self.criterion(logits.float(), batch.labels) * shares[part]
                 self.scaler.scale(loss * distributed.world()).backward()  # DDP averages, we want the sum
             step_loss += loss.detach()
         distributed.sum_over_processes([step_loss])
@@ -139,12 +138,6 @@ class Learner:
         torch.set_rng_state(state["random"]["torch"])
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-
-    def _to_device(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        images = batch.image.to(self.device, non_blocking=True)
-        if self.is_channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, batch.labels.to(self.device, non_blocking=True)
 
     def _shares(self, labels: list[Tensor]) -> Tensor:
         """The share of each part in the known pixels of all parts and processes."""

@@ -133,22 +133,6 @@ def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], source: s
     network.load_state_dict(weights)
 
 
-def check_same_network(config: Config, hierarchy: Hierarchy, state: dict, source: str) -> None:
-    """Raises: UserError when a checkpoint was made with another tree, encoder or decoder than the config's."""
-    theirs = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
-    if theirs.fingerprint != hierarchy.fingerprint:
-        raise UserError(
-            f"{source}: was trained with the tree {theirs.name!r} ({theirs.num_nodes} nodes), the config's "
-            f"{config.hierarchy} is {hierarchy.name!r} ({hierarchy.num_nodes} nodes); evaluate it with its own tree"
-        )
-    for key in ("encoder", "decoder_channels"):
-        if state["config"].get(key) != getattr(config, key):
-            raise UserError(
-                f"{source}: is of another architecture ({key} {state['config'].get(key)!r}, the config has "
-                f"{getattr(config, key)!r}); use the config that it was trained with"
-            )
-
-
 def tree_changes(theirs: Hierarchy, ours: Hierarchy) -> list[str]:
     """In what two trees differ, beside colours: no score depends on these."""
     then, now = _beside_nodes(theirs), _beside_nodes(ours)

@@ -92,11 +92,14 @@ class TrainManager:
         `resume`: None starts; "" goes on from the newest checkpoint, "auto" too where there is an experiment; a path
         starts a new experiment from that file.
         """
-        handlers = {}
+        config, handlers = self.config, {}
         try:
             self._open(resume, overwrite, take_over)
-            if self.epoch >= self.config.n_epochs:
-                return self._nothing_to_do()
+            if self.epoch >= config.n_epochs:
+                if not (config.checkpoints_dir / "last.pt").is_file():  # it was damaged
+                    self.save("last")
+                say(f"experiment {config.exp_name!r} is finished ({config.n_epochs} epochs); n_epochs may grow")
+                return 0
             # nohup's wish not to hear SIGHUP is respected
             heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
             handlers = {number: signal.signal(number, self._on_signal) for number in heard}
@@ -162,13 +165,6 @@ class TrainManager:
             )
         done = f"epoch {self.epoch + 1}, batch {self.batch + 1}" if self.epoch < config.n_epochs else "its end"
         say(f"resumed from {source} at {done}")
-
-    def _nothing_to_do(self) -> int:
-        config = self.config
-        if distributed.is_main() and not (config.checkpoints_dir / "last.pt").is_file():  # it was damaged
-            self.save("last")
-        say(f"experiment {config.exp_name!r} is finished ({config.n_epochs} epochs); for more, give a larger n_epochs")
-        return 0
 
     # --- running ---
     def _train(self) -> int:

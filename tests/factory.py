@@ -141,7 +141,6 @@ def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...]
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = command
-    multiprocessing.set_start_method("fork", force=True)  # loader processes start as they do for users
     try:
         from tests.preloaded import MAINS, slim_down
         from utils.cli import run_main

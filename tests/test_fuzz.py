@@ -27,7 +27,7 @@ from PIL import Image
 import models.hseg
 from configs.config import load_config
 from manage.checkpoint import load_checkpoint, pack
-from manage.network import check_same_network, restore_network
+from manage.network import restore_network
 from manage.train_manager import TrainManager
 from tests.factory import TREE, make_data, write_config
 from tests.preloaded import SlimEncoder
@@ -259,9 +259,7 @@ class Workshop:
             self.hierarchy.encode(sample.labels)
 
     def _use_checkpoint(self, path: Path) -> None:
-        state = load_checkpoint(path)
-        check_same_network(self.manager.config, self.hierarchy, state, str(path))
-        restore_network(state, str(path))
+        restore_network(load_checkpoint(path), str(path))
         self.manager._go_on_from(path, is_new=False)
 
 

@@ -267,13 +267,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
     manager = TrainManager(Config(**keys | {"n_epochs": 2}))
-    to_device = manager.learner._to_device
+    load = manager.loader._batch
 
-    def infinite(batch):
-        images, labels = to_device(batch)
-        return (images * float("inf") if manager.step == 3 else images), labels
+    def infinite(*arguments):
+        batch = load(*arguments)
+        return batch._replace(image=batch.image * float("inf")) if manager.step == 3 else batch
 
-    manager.learner._to_device = infinite
+    manager.loader._batch = infinite
     refused(manager.run, "step 4 (epoch 2): loss nan", "not finite", "Photos: p0", "from before it", "grad_clip")
     last = load_checkpoint(tmp_path / "experiments/tiny/models_checkpoints/last.pt")
     assert (last["step"], last["epoch"]) == (2, 1)
