@@ -53,7 +53,6 @@ class Validation:
     scores: dict[str, float | None]
     per_class: list[tuple[int, str, float | None]]
     pictures: dict[str, np.ndarray]
-    confusion_pictures: dict[str, np.ndarray]
 
 
 def predictions(
@@ -113,11 +112,7 @@ def validate(
     distributed.sum_over_processes([*meter.tensors(), loss_sum])
     result = meter.compute()
     scores = summary(result) | {"loss_val": float(loss_sum[0] / loss_sum[1].clamp(min=1))}
-    confusion = {
-        level["name"]: visualize.confusion_picture(np.array(level["confusion"]), level["classes"])
-        for level in result["levels"]
-    }
-    return Validation(scores, per_class(result), pictures, confusion)
+    return Validation(scores, per_class(result), pictures)
 
 
 def _sheet(sample: Sample, leaves: Tensor, hierarchy: Hierarchy, side: int = 240) -> np.ndarray:

@@ -1,7 +1,6 @@
 """A photo through the network, whatever its size: the one way that evaluation, validation and prediction share.
 
-    logits = photo_logits(network, image, size, tta="flip")                # (1, N, H, W)
-    for rows, logits in logit_rows(network, image, size):                  # (1, N, rows, W), from top to bottom
+    for rows, logits in logit_rows(network, image, size, tta="flip"):      # (1, N, rows, W), from top to bottom
 
 A photo of more than `WHOLE` pixels goes through in windows that overlap by a quarter. A window says nothing within a
 sixteenth of its side from an edge inside the photo, where it lacks context; from there its say grows to where its
@@ -34,11 +33,6 @@ class NotFinite(UserError):
     """The network's answer is no number: of no use for any photo."""
 
 
-def photo_logits(network: nn.Module, image: Tensor, size: tuple[int, int], amp: str = "off", **how) -> Tensor:
-    """Logits of one photo at `size`, whatever size it is fed at. Shape: (3, h, w) uint8 -> (1, N, *size) float32."""
-    return torch.cat([logits for _, logits in logit_rows(network, image, size, amp, **how)], dim=2)
-
-
 def logit_rows(
     network: nn.Module,
     image: Tensor,
@@ -48,7 +42,7 @@ def logit_rows(
     tile: int | None = None,
     mirror: Sequence[int] | None = None,
 ) -> Rows:
-    """`photo_logits` in bands of rows, so that no photo is too large; where memory lacks, in smaller windows.
+    """Logits at `size` in bands of rows, so that no photo is too large; where memory lacks, in smaller windows.
 
     `tile` None: windows only where the photo is large. `mirror`: the node that each node is in a mirror.
     Shape: (3, h, w) uint8 -> (rows, (1, N, rows, W) float32).

@@ -139,11 +139,8 @@ class TrainingReport:
         return curves
 
     def _draw(self, result: Validation, epoch: int) -> None:
-        pictures = {f"val_pictures/{name}": picture for name, picture in result.pictures.items()}
-        for level, (name, picture) in enumerate(result.confusion_pictures.items(), start=1):
-            pictures[f"val_confusion/level{level}_{name}"] = picture
-        for name, picture in pictures.items():
-            self._try("add_image", name, picture, epoch, None, "HWC")
+        for name, picture in result.pictures.items():
+            self._try("add_image", f"val_pictures/{name}", picture, epoch, None, "HWC")
         self.scalars({f"val_IoU_level{lv}/{n}": 100 * v for lv, n, v in result.per_class if v is not None}, epoch)
         background = {self.hierarchy.names[v] for v in self.hierarchy.background}
         parts = [value for level, name, value in result.per_class if level == 1 and name not in background]

@@ -58,7 +58,7 @@ def test_torch_and_onnx_agree_with_pytorch_for_any_batch_and_size(
     assert run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path, *check) == 0
     assert capsys.readouterr().out.count("100.0000 % of the pixels of 10 photos") == len(formats)
     described = json.loads((tmp_path / "model.json").read_text())
-    assert (described["root_bias"], described["tree"]["name"]) == ({"body": -0.5}, "pascal_part")
+    assert (described["config"]["root_bias"], described["tree"]["name"]) == ({"body": -0.5}, "pascal_part")
     model = export.Exportable(Predictor.load(checkpoint, "cpu", tta="flip"))
     for name in formats:
         program = export.open_program(tmp_path / f"model{export.FORMATS[name]}")
@@ -85,7 +85,7 @@ def test_a_model_to_hand_on_holds_all_that_the_predictor_needs_and_a_card(
     torch.testing.assert_close(again(noise(50, 37)).logits, expected.logits, **close)
     card = next(tmp_path.rglob("README.md")).read_text()
     assert all(text in card for text in (*tree.names, "license: cc-by-4.0", "Not evaluated", "1 epochs"))
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="holds files already"):
         run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path, *options)
 
 
@@ -171,7 +171,7 @@ def test_a_program_that_says_something_else_is_found_out(checkpoint, sample_data
     [
         (("--format", "tflite"), "'tflite' is not one of torch, onnx, checkpoint, folder"),
         (("--format", "onnx"), r"--format onnx needs onnxscript: pip install -r requirements-export.txt"),
-        (("--format", "torch"), r"model.pt2 exists already; choose another --out, or give --overwrite"),
+        (("--format", "torch"), r"holds files already; choose another --out, or give --overwrite"),
         (("--format", "torch", "--overwrite", "--check", "nowhere"), "no such photo or folder"),
     ],
 )

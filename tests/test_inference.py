@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manage import inference
-from manage.inference import NotFinite, logit_rows, photo_logits, photo_named, windows
+from manage.inference import NotFinite, logit_rows, photo_named, windows
 from utils.errors import UserError
 
 
@@ -27,6 +27,11 @@ class Edges(nn.Module):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         self.largest = max(self.largest, pixels)
         return self.layer(photos.float())
+
+
+def photo_logits(network: nn.Module, image: Tensor, size: tuple[int, int], **how) -> Tensor:
+    """All bands together."""
+    return torch.cat([logits for _, logits in logit_rows(network, image, size, **how)], dim=2)
 
 
 def noise(height: int, width: int) -> Tensor:
@@ -64,17 +69,18 @@ def test_windows_and_bands_say_what_the_whole_photo_says(monkeypatch, size, band
 
 @pytest.mark.parametrize("shape", [(700, 1), (1, 700)])
 def test_a_sliver_goes_through_in_windows(shape):
-    image = noise(*shape)
-    whole = photo_logits(Edges(), image, shape)
-    torch.testing.assert_close(photo_logits(Edges(), image, shape, tile=256), whole, atol=1e-4, rtol=1e-4)
+    whole, tiled = (photo_logits(Edges(), noise(*shape), shape, tile=tile) for tile in (None, 256))
+    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=1e-4)
 
 
-def test_only_a_large_photo_is_cut_into_windows_unasked(monkeypatch):
+def test_only_a_large_photo_goes_through_in_windows_and_is_kept_in_half_precision(monkeypatch):
     monkeypatch.setattr(inference, "WHOLE", 300 * 500)
     monkeypatch.setattr(inference, "TILE", 256)
+    monkeypatch.setattr(inference, "EXACT", 1)
     for image, largest in ((noise(300, 500), 300 * 500), (noise(301, 500), 256 * 256)):
-        network = Edges()
-        photo_logits(network, image, tuple(image.shape[1:]))
+        network, size = Edges(), tuple(image.shape[1:])
+        close = {"atol": 2e-3, "rtol": 2e-3}  # float16 rounds
+        torch.testing.assert_close(photo_logits(network, image, size), plainly(network, image, size), **close)
         assert network.largest == largest
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from configs.config import config_from_dict
 from manage.checkpoint import pack
-from manage.inference import photo_logits
 from manage.predictor import Predictor
 from models.hseg import HSEG
+from tests.test_inference import photo_logits
 from tools import predict
 from utils.decode import DECODERS
 from utils.errors import UserError

@@ -4,9 +4,9 @@
     python tools/export.py --checkpoint quickstart --out exported --format torch,onnx --check data/sample/JPEGImages
     python tools/export.py --checkpoint best.pt --out exported --format checkpoint --name mine --licence CC-BY-4.0
 
-    torch       <name>.pt2   torch.export: one self-contained program, with <name>.json (tree, rule, what goes in)
+    torch       <name>.pt2   torch.export: one self-contained program, with <name>.json (config and tree)
     onnx        <name>.onnx  the same
-    checkpoint  <name>.pt    the network without its training, weights in half precision: a sixth of best.pt
+    checkpoint  <name>.pt    the network without its training, weights in half precision: a fraction of best.pt
     folder      <name>/      model.safetensors, config.json, tree.json
 
 The last two come with a card (README.md: scores of all evaluations of the very file, classes, recipe, licence), and
@@ -134,25 +134,12 @@ def agreement(program: Program, predictor: Predictor, photos: Sequence[Path]) ->
     """Share of all pixels for which the program names the same leaf as `Predictor`, at the size the network sees."""
     same = total = 0
     for path in progress(photos, desc="check", unit="photo"):
-        image = torch.from_numpy(np.array(predictor.fed(read_photo(path)))).permute(2, 0, 1)
-        logits = inference.photo_logits(predictor.network, image, tuple(image.shape[1:]), **predictor.how)
-        expected = predictor.decoding(logits, predictor.hierarchy)[0]
-        same += int((program(image[None].contiguous())[0][0] == expected).sum())
+        photo = predictor.fed(read_photo(path))
+        expected = torch.from_numpy(predictor(photo, keep_logits=False).leaves)
+        image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous()
+        same += int((program(image)[0][0] == expected).sum())
         total += expected.numel()
     return same / total
-
-
-def description(predictor: Predictor) -> dict:
-    """What the JSON file beside a program says."""
-    return {
-        "input": {"name": "photos", "shape": ["batch", 3, "height", "width"], "dtype": "uint8", "values": "RGB"},
-        "outputs": {"leaves": "(batch, height, width) uint8", "scores": "(batch, nodes, height, width) float32"},
-        "short_side": predictor.config.short_side,
-        "decode": predictor.decoding.rule,
-        "root_bias": predictor.decoding.root_bias,
-        "tta": predictor.how["tta"],
-        "tree": predictor.hierarchy.to_dict(),
-    }
 
 
 def export_programs(
@@ -163,7 +150,8 @@ def export_programs(
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program, worst = export_torch(Exportable(predictor)), 1.0
-    write_json(description(predictor), arguments.out / f"{arguments.name}.json")
+    state = handed_on(predictor)
+    write_json({key: state[key] for key in ("config", "tree", "origin")}, arguments.out / f"{arguments.name}.json")
     for path in paths:
         save_program(program, path)
         checked = "not checked; give --check DIR to compare it with PyTorch on real photos"
@@ -309,7 +297,7 @@ def read_arguments() -> argparse.Namespace:
 def files_of(arguments: argparse.Namespace) -> dict[str, Path]:
     """What is to be written, by format.
 
-    Raises: UserError for an unknown format, for packages that are not there, and for files that are.
+    Raises: UserError for an unknown format, for packages that are not there, and for a folder that is in use.
     """
     files = {}
     for name in map(str.strip, arguments.format.split(",")):
@@ -322,10 +310,8 @@ def files_of(arguments: argparse.Namespace) -> dict[str, Path]:
                 "--format, such as torch"
             )
         files[name] = arguments.out / f"{arguments.name}{FORMATS[name]}"
-    also = {"checkpoint": "README.md", "torch": f"{arguments.name}.json", "onnx": f"{arguments.name}.json"}
-    for path in (*files.values(), *(arguments.out / also[name] for name in files if name in also)):
-        if path.exists() and not arguments.overwrite:
-            raise UserError(f"{path} exists already; choose another --out, or give --overwrite")
+    if arguments.out.exists() and any(arguments.out.iterdir()) and not arguments.overwrite:
+        raise UserError(f"{arguments.out} holds files already; choose another --out, or give --overwrite")
     return files
 
 

@@ -1,4 +1,4 @@
-"""Label maps as pictures: overlays with a legend, sheets of pictures under titles, confusion matrices."""
+"""Label maps as pictures: overlays with a legend, and sheets of pictures under titles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,29 +103,6 @@ def legend(hierarchy: Hierarchy, width: int, nodes: Sequence[int] | None = None)
         draw.rectangle((x, top, x + box, top + box), fill=hierarchy.colours[node], outline="black")
         place = (x + box + unit // 2, y + line // 2)
         draw.text(place, hierarchy.names[node], fill="black", font=font, anchor="lm")
-    return np.array(picture)
-
-
-def confusion_picture(matrix: np.ndarray, names: Sequence[str], cell: int = 44) -> np.ndarray:
-    """A confusion matrix, each row (a true class) in percent of its pixels. Shape: (K, K) -> (h, w, 3) uint8."""
-    font, note = ImageFont.load_default(12), "rows: truth, columns: prediction, % of the row"
-    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
-    longest = int(max(font.getlength(name) for name in names))
-    left, top = longest + 14, longest + 40
-    width = max(left + cell * len(names), int(font.getlength(note)) + 6) + 8
-    picture = Image.new("RGB", (width, top + cell * len(names) + 6), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((6, 4), note, fill="black", font=font)
-    for number, name in enumerate(names):
-        middle = number * cell + cell // 2
-        draw.text((left - 6, top + middle), name, fill="black", font=font, anchor="rm")
-        draw.text((left + middle - 8, top - 8 - font.getlength(name)), name, fill="black", font=upwards)
-    for (row, column), share in np.ndenumerate(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)):
-        x, y = left + column * cell, top + row * cell
-        shade = (int(255 - 205 * share), int(255 - 140 * share), 255)
-        draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=shade)
-        ink, middle = "white" if share > 0.6 else "black", cell // 2 - 1
-        draw.text((x + middle, y + middle), f"{100 * share:.0f}", fill=ink, font=font, anchor="mm")
     return np.array(picture)
 
 
