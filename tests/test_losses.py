@@ -167,9 +167,7 @@ def test_gamma_zero_is_the_plain_loss_bit_for_bit(name: str, h: Hierarchy) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_neither_memory_layout_nor_the_type_of_labels_matters_and_they_stay(
-    name: str, h: Hierarchy
-) -> None:
+def test_neither_memory_layout_nor_the_type_of_labels_matters_and_they_stay(name: str, h: Hierarchy) -> None:
     logits, labels = random_case(h)
     value, grad = value_and_grad(name, logits, labels, h, gamma=2.0)
     for dtype in (torch.uint8, torch.int32, torch.int64):
