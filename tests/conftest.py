@@ -16,8 +16,7 @@ SAMPLE = Settings(train=6, val=4, size=64, seed=0)
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz-seed", default=0, help="of tests/test_fuzz.py")
-    parser.addoption("--fuzz-first", default=0, help="number of the first case")
-    parser.addoption("--fuzz-cases", default=250, help="cases of each kind")
+    parser.addoption("--fuzz-cases", default=286, help="cases of each kind")
 
 
 @pytest.fixture(scope="session")

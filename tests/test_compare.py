@@ -1,8 +1,6 @@
 """Comparing experiments: statistics against loops and hand values, what is refused, what the reports say."""
 
-import contextlib
 import importlib.util
-import io
 import json
 import math
 import re
@@ -22,10 +20,7 @@ from manage.comparison import (
     allow_for_many,
     bootstrap,
     compare,
-    level_mious,
     load_experiment,
-    mean_and_spread,
-    p_value,
 )
 from manage.tables import summary
 from tests.factory import REPO
@@ -104,17 +99,6 @@ def runs(tmp_path: Path, tree: Hierarchy) -> list[Path]:
     return make_runs(tmp_path, tree)
 
 
-def test_level_scores_of_many_matrices_equal_those_of_the_metrics_and_without_a_class_are_nan(tree: Hierarchy) -> None:
-    matrices = fake_matrices(tree, 0.5, 0, photos=5)
-    for matrix, mious in zip(matrices, level_mious(matrices.astype(float), tree), strict=True):
-        expected = scores_from_confusion(torch.from_numpy(matrix.astype(np.int64)), tree)
-        assert mious.tolist() == pytest.approx([expected[f"mIoU{level}"] for level in (1, 2, 3)])
-    matrix = np.zeros((10, 10))
-    assert np.isnan(level_mious(matrix, tree)).all()
-    matrix[4, 4] = 3  # one class, all right
-    assert level_mious(matrix, tree).tolist() == [1, 1, 1]
-
-
 def test_a_bootstrap_equals_drawing_photos_in_a_loop(tmp_path: Path, tree: Hierarchy) -> None:
     experiments = [load_experiment(fake_experiment(tmp_path, tree, f"e{s}", 0.5, s, photos=6)) for s in (0, 1)]
     draws = np.random.default_rng(1).multinomial(6, [1 / 6] * 6, size=4)
@@ -124,13 +108,6 @@ def test_a_bootstrap_equals_drawing_photos_in_a_loop(tmp_path: Path, tree: Hiera
         each = [scores_from_confusion(matrix, tree) for matrix in sums]
         expected = [np.mean([one[name] for one in each]) for name in ("mIoU1", "mIoU2", "mIoU3", "mistake_severity")]
         assert scores.tolist() == pytest.approx(expected)
-
-
-def test_p_counts_the_resamples_that_contradict() -> None:
-    samples = np.array([1.0] * 96 + [-1.0] * 3)
-    assert p_value(samples) == p_value(-samples) == pytest.approx(2 * 4 / 100)
-    assert p_value(np.ones(99)) == pytest.approx(0.02)
-    assert p_value(np.zeros(9)) == p_value(np.array([math.nan])) == 1
 
 
 def test_many_comparisons_are_allowed_for() -> None:
@@ -174,15 +151,6 @@ def compared(folders: list[Path], **options) -> Comparison:
     return compare([load_experiment(folder) for folder in folders], resamples=200, **options)
 
 
-def test_runs_that_differ_only_in_seed_form_a_group(runs: list[Path]) -> None:
-    comparison = compared(runs)
-    assert [group.label for group in comparison.groups] == ["bce", "tree_min + 0.5 bce"]
-    assert [group.seeds for group in comparison.groups] == [[0, 1, 2]] * 2
-    assert list(comparison.differing) == ["criterion"]
-    named = compared(runs, names={"bce_seed0": "flat", "sum_seed0": "tree"})
-    assert [group.label for group in named.groups] == ["flat", "tree"]
-
-
 def test_a_better_run_is_called_better_and_the_interval_holds_the_difference(runs: list[Path]) -> None:
     comparison = compared(runs)
     assert [d.verdict for d in comparison.differences[:3]] == ["better"] * 3
@@ -192,12 +160,19 @@ def test_a_better_run_is_called_better_and_the_interval_holds_the_difference(run
         assert d.value == pytest.approx(np.mean(list(d.by_seed.values())))
 
 
-def test_no_evidence_between_runs_of_equal_quality_and_repeats_of_a_seed_are_no_seeds(tmp_path, tree) -> None:
-    pairs = (("bce", 0), ("bce", 1), ("ce", 2), ("ce", 3))
-    folders = [fake_experiment(tmp_path, tree, f"{c}_{seed}", 0.5, seed, criterion=c) for c, seed in pairs]
-    assert {d.verdict for d in compared(folders).differences} == {"no evidence of a difference"}
+def test_runs_that_differ_only_in_seed_form_a_group_which_may_be_named_and_repeats_do_not(runs, tmp_path, tree) -> None:
+    comparison = compared(runs)
+    assert [(group.label, group.seeds) for group in comparison.groups] == [
+        ("bce", [0, 1, 2]),
+        ("tree_min + 0.5 bce", [0, 1, 2]),
+    ]
+    assert list(comparison.differing) == ["criterion"]
+    named = compared(runs, names={"bce_seed0": "flat", "sum_seed0": "tree"})
+    assert [group.label for group in named.groups] == ["flat", "tree"]
     again = fake_experiment(tmp_path, tree, "again", 0.5)
-    assert [group.label for group in compared([folders[0], again]).groups] == ["bce_0", "again"]
+    assert [group.label for group in compared([runs[0], again]).groups] == ["bce_seed0", "again"]
+    with pytest.raises(UserError, match="given twice"):
+        compared([again, again])
 
 
 def test_runs_of_other_numbers_of_processes_are_no_seeds_of_one_config(runs: list[Path]) -> None:
@@ -255,63 +230,28 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, tree: Hierarchy, spo
         compared([theirs, ours])
 
 
-def test_one_experiment_is_read_as_it_was_evaluated_and_may_be_renamed(tmp_path: Path, tree: Hierarchy) -> None:
-    folder = fake_experiment(tmp_path, tree, "bce", 0.5)
-    with pytest.raises(UserError, match="given twice"):
-        compared([folder, folder])
-    assert load_experiment(folder.rename(folder.with_name("bce.old"))).name == "bce"
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, tree: Hierarchy) -> Path:
-    """What the tool writes about three groups."""
-    root, output = tmp_path_factory.mktemp("compare"), io.StringIO()
-    folders = [*make_runs(root, tree), fake_experiment(root, tree, "ce_seed0", 0.55, criterion="ce")]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr("sys.argv", ["compare.py", *map(str, folders), "--out", str(root / "out")])
-        tool.main()
-    assert "tree_min + 0.5 bce against bce: better" in output.getvalue()
-    assert "no photos side by side" in output.getvalue()  # there are no checkpoints here
-    return root / "out"
-
-
-def test_every_report_is_written(written: Path) -> None:
-    reports = [f"comparison.{kind}" for kind in ("html", "json", "md", "tex")]
-    assert sorted(path.name for path in written.iterdir()) == sorted([*reports, "comparison_differences.png"])
-    record = json.loads((written / "comparison.json").read_text())
-    assert [[run["seed"] for run in runs] for runs in record["groups"].values()] == [[0, 1, 2], [0, 1, 2], [0]]
-    assert len(record["differences"]) == 8
-
-
-def test_the_markdown_holds_well_formed_tables_and_the_scores(written: Path) -> None:
-    text = (written / "comparison.md").read_text()
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({line.count("|") for line in table.splitlines()}) == 1
-    mean, spread = mean_and_spread(
-        [load_experiment(written.parent / f"experiments/bce_seed{s}").record["scores"]["mIoU1"] for s in range(3)]
+def test_a_report_holds_the_scores_in_every_format_and_needs_no_other_file(tmp_path, runs, tree, monkeypatch, capsys):
+    folders = [*runs, fake_experiment(tmp_path, tree, "ce", 0.55, criterion="ce")]
+    monkeypatch.setattr("sys.argv", ["compare.py", *map(str, folders), "--out", str(tmp_path / "out")])
+    tool.main()
+    output = capsys.readouterr().out
+    assert "tree_min + 0.5 bce against bce: better" in output
+    assert "no photos side by side" in output  # there are no checkpoints here
+    text, page, tex, record = (
+        (tmp_path / f"out/comparison.{kind}").read_text() for kind in ("md", "html", "tex", "json")
     )
-    assert f"| bce | 3 | logit_sum | {100 * mean:.2f} ± {100 * spread:.2f} |" in text
+    own = [load_experiment(folder).record["scores"]["mIoU1"] for folder in runs[:3]]
+    assert f"| bce | 3 | logit_sum | {100 * np.mean(own):.2f} ± {100 * np.std(own, ddof=1):.2f} |" in text
     assert "hold for all 8 comparisons" in text
-    for picture in re.findall(r"\]\((.*?\.png)\)", text):
-        assert (written / picture).is_file()
-
-
-def test_the_latex_tables_are_well_formed_and_the_page_needs_no_other_file(written: Path) -> None:
-    text, page = ((written / f"comparison.{kind}").read_text() for kind in ("tex", "html"))
-    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 2
-    assert "tree\\_min + 0.5 bce & 3 & " in text
-    assert " $\\pm$ " in text
-    for table in text.split("\\begin{tabular}")[1:]:
-        assert len({line.count(" & ") for line in table.splitlines() if line.endswith("\\\\")}) == 1
+    for table in [*re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE), *tex.split("\\begin{tabular}")[1:]]:
+        assert (
+            len({line.count("|") + line.count(" & ") for line in table.splitlines() if line.endswith(("|", "\\"))}) == 1
+        )
+    assert "tree\\_min + 0.5 bce & 3 & logit\\_sum & " in tex
     assert page.count("data:image/png;base64,") == 1
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-
-
-def test_names_in_a_page_and_in_latex_are_escaped() -> None:
-    table = tool.Table(["<a>", "50%"], [["<b>", "x_1"]])
-    assert not re.findall(r"<[abc]>", tool.to_html([table], "<c>"))
-    assert "50\\%" in tool.to_latex(table)
-    assert "x\\_1" in tool.to_latex(table)
+    groups = json.loads(record)["groups"]
+    assert [[run["seed"] for run in members] for members in groups.values()] == [[0, 1, 2], [0, 1, 2], [0]]
 
 
 def colours_in(path: Path) -> set[str]:

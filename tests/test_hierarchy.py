@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -34,26 +33,12 @@ def test_pascal_part_is_the_tree_of_the_data(pascal: Hierarchy) -> None:
     assert pascal.background == {0}
 
 
-def test_cityscapes_has_19_classes_under_7_categories() -> None:
-    h = Hierarchy.load(TREES / "cityscapes.json")
-    assert [len(classes) for classes in h.level_classes] == [19, 7]
-    assert h.leaves == tuple(range(19))
-
-
-def test_the_deep_tree_has_several_roots_and_leaves_at_every_depth() -> None:
-    h = Hierarchy.load(TREES / "synthetic_deep.json")
-    assert h.num_levels == 5
-    assert len(h.roots) > 2
-    assert {len(h.paths[leaf]) for leaf in h.leaves} == {1, 2, 3, 4, 5}
-
-
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_tree_survives_dict_json_and_pickle(path: Path) -> None:
+def test_a_tree_survives_dict_and_json(path: Path) -> None:
     h = Hierarchy.load(path)
     again = Hierarchy.from_dict(json.loads(json.dumps(h.to_dict())))
     assert again.to_dict() == h.to_dict() == json.loads(path.read_text())
-    h.encode(torch.zeros(1, 1, 1, dtype=torch.uint8))  # fills the table cache, which must not be pickled
-    assert pickle.loads(pickle.dumps(h)).fingerprint == again.fingerprint == h.fingerprint
+    assert again.fingerprint == h.fingerprint
 
 
 def test_fingerprint_sees_names_and_parents_but_not_colours(pascal: Hierarchy) -> None:
@@ -76,16 +61,6 @@ def test_encode_marks_the_path_and_leaves_what_lies_below_unknown(pascal: Hierar
     assert known[0, :, 0, 1].nonzero().flatten().tolist() == [0, 7]
     assert not known[0, :, 0, 2].any()
     assert not targets[0, :, 0, 2].any()
-
-
-def test_encode_takes_any_integer_type_and_leaves_the_labels_alone(pascal: Hierarchy) -> None:
-    labels = torch.tensor([[[0, 4], [7, 255]], [[8, 9], [255, 1]]])
-    expected, _ = pascal.encode(labels)
-    assert expected.shape == (2, 10, 2, 2)
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
-        typed = labels.to(dtype)
-        assert torch.equal(pascal.encode(typed)[0], expected)
-        assert torch.equal(typed, labels.to(dtype))
 
 
 def test_level_of_maps_tensors_and_arrays_alike(pascal: Hierarchy) -> None:
@@ -164,19 +139,4 @@ def test_a_broken_tree_is_refused_with_its_file_and_node(case: str, tmp_path: Pa
     with pytest.raises(UserError, match=message) as error:
         Hierarchy.load(path)
     assert "tree.json" in str(error.value)
-
-
-def test_the_good_tree_of_these_cases_loads() -> None:
-    assert Hierarchy.from_dict(copy.deepcopy(GOOD)).leaves == (0, 1)
-
-
-def test_duplicate_json_keys_and_unreadable_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "tree.json"
-    path.write_text(json.dumps(GOOD).replace('"name": "b"', '"name": "x", "name": "b"'))
-    with pytest.raises(UserError, match=r"tree\.json: the key 'name' stands twice in .*'b'"):
-        Hierarchy.load(path)
-    path.write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        Hierarchy.load(path)
-    with pytest.raises(UserError, match=r"nowhere\.json"):
-        Hierarchy.load(tmp_path / "nowhere.json")
+    assert Hierarchy.from_dict(copy.deepcopy(GOOD)).leaves == (0, 1), "the case is all that is wrong"
