@@ -54,11 +54,13 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("keys", [{"num_workers": 3}, {"cache": "off"}, {"cache": "memory", "num_workers": 3}], ids=str)
 def test_views_do_not_depend_on_threads_or_cache(loader, keys):
+    before = torch.get_rng_state()
     reference, other = loader(num_workers=0, cache="memory"), loader(**keys)
     first = list(reference)
     assert_equal(first, list(other))
     assert_equal(first, list(other))
     assert_equal(first, list(reference))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
 
 def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, reads):
@@ -77,12 +79,6 @@ def test_an_epoch_can_begin_in_its_middle(loader):
     whole, part = loader(cache="off"), loader()
     part.batches.start_at(1, first=2)
     assert_equal(list(whole)[2:], list(part))
-
-
-def test_loading_leaves_the_global_generator_alone(loader):
-    before = torch.get_rng_state()
-    list(loader())
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_loop_that_ends_early_leaves_no_thread_at_work(loader, reads):
@@ -127,9 +123,6 @@ def test_each_epoch_has_another_order_and_every_photo_once():
         orders.append([draw.index for batch in batches for draw in batch])
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(12))
-
-
-def test_too_few_photos_for_a_step_are_refused():
     with pytest.raises(UserError, match="lower batch_size"):
         EpochBatches(3, 4, seed=0)
 

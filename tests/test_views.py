@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
-from torchvision.transforms.v2 import functional as tv
 
 from utils.views import IMAGENET_MEAN, RandomViews, View, _resize
 
@@ -98,18 +97,11 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch(photo):
     ("field", "enhance"),
     [("brightness", ImageEnhance.Brightness), ("contrast", ImageEnhance.Contrast), ("saturation", ImageEnhance.Color)],
 )
-@pytest.mark.parametrize("factor", [0.0, 0.6, 1.7])
+@pytest.mark.parametrize("factor", [0.6, 1.7])
 def test_colours_change_as_pillow_changes_them(photo, field, enhance, factor):
     images, _ = make([photo], [View(0, 0, SIZE, **{field: factor})])
     expected = enhance(Image.fromarray(photo[0][:SIZE, :SIZE])).enhance(factor)
     assert np.abs(images[0].permute(1, 2, 0).numpy() - np.array(expected).astype(int)).max() <= 2
-
-
-def test_the_three_changes_of_colour_follow_each_other(photo):
-    images, _ = make([photo], [View(0, 0, SIZE, False, 0.0, 1.2, 0.8, 1.3)])
-    expected = torch.from_numpy(photo[0][:SIZE, :SIZE]).permute(2, 0, 1) / 255
-    expected = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(expected, 1.2), 0.8), 1.3)
-    assert (images[0] - 255 * expected).abs().max() < 1
 
 
 def test_a_flip_swaps_the_labels_of_pairs(photo):
@@ -122,13 +114,6 @@ def test_a_flip_swaps_the_labels_of_pairs(photo):
     assert torch.equal(upright, plain.flip(-1)), "without a flip nothing is swapped"
 
 
-def test_what_lies_outside_is_void_and_of_the_mean_colour(photo):
-    images, seen = make([photo], [View(-10, -10, 200)])
-    outside = seen[0] == VOID
-    assert 0.4 < outside.float().mean() < 0.8
-    assert torch.equal(images[0][:, outside].unique(dim=1)[:, 0], torch.tensor(MEAN_COLOUR, dtype=torch.uint8))
-
-
 def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
     views = RandomViews(SIZE, VOID, 45, [0.5, 2.0], hflip=0.5, rotation=10.0, color_jitter=0.3)
     drawn = [views.draw(seed, 120, 90) for seed in range(200)]
@@ -137,14 +122,10 @@ def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
     assert {64 <= view.side <= 256 for view in drawn} == {True}, "64 / (45 / 90) by a scale of 0.5 to 2"
     assert max(abs(view.angle) for view in drawn) <= 10
     assert all(0.7 <= factor <= 1.3 for view in drawn for factor in view[5:])
+    assert RandomViews(SIZE, VOID).draw(5, 120, 90)[2:] == View(0, 0, SIZE)[2:], "no settings: a plain crop"
     for view in drawn:  # inside the photo where it is larger; else the photo inside the view
         for start, length in ((view.left, 120), (view.top, 90)):
             assert min(0, length - view.side) <= start <= max(0, length - view.side)
-
-
-def test_no_settings_draw_a_plain_crop():
-    view = RandomViews(SIZE, VOID).draw(5, 120, 90)
-    assert view == View(view.left, view.top, SIZE)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 200)])
