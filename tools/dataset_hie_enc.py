@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.config import Config, load_config
 from utils.cli import run_main
 from utils.encoder import Wishes, encode_folder
+from utils.encoding import load_encoding
 from utils.errors import UserError
+from utils.hierarchy import Hierarchy
 from utils.ids import draw_split, read_ids, write_ids
 from utils.masks import read_classes, warnings_of
 
@@ -98,10 +100,6 @@ def write_lists(config: Config, split: str, seed: int, sources: dict[str, str]) 
 def main() -> None:
     """Checks, encodes and says what there is."""
     args, config = read_arguments()
-    # Imported here and not above: worker processes import this file, and would wait seconds for torch.
-    from utils.encoding import load_encoding
-    from utils.hierarchy import Hierarchy
-
     if not args.gtdatadir.is_dir():
         raise UserError(
             f"the folder of masks {args.gtdatadir} does not exist. Give it with --gtdatadir or --cfg, or draw "

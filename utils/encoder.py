@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -19,12 +19,10 @@ from PIL import Image
 from utils.cli import map_files
 from utils.errors import UserError
 from utils.files import read_json, remove_unfinished, set_aside, write_json, write_whole
+from utils.hierarchy import Hierarchy
 from utils.ids import PhotoFolder
 from utils.images import indexed_png, photo_header, seen_size, upright
-from utils.masks import MaskReader, find_masks, mask_reader
-
-if TYPE_CHECKING:  # it brings torch with it, which the worker processes can do without
-    from utils.hierarchy import Hierarchy
+from utils.masks import MaskReader, find_masks
 
 RECORD, LOCK = "encoding.json", ".encoding.lock"
 FORMAT = 3
@@ -58,7 +56,7 @@ WISHES = Wishes()
 
 
 def encode_folder(
-    masks_dir: Path, photos_dir: Path, save_dir: Path, hierarchy: "Hierarchy", wishes: Wishes = WISHES
+    masks_dir: Path, photos_dir: Path, save_dir: Path, hierarchy: Hierarchy, wishes: Wishes = WISHES
 ) -> int:
     """Encodes the masks of a folder; returns how many label maps were written.
 
@@ -86,7 +84,7 @@ def _encode(
     photos: PhotoFolder,
     masks_dir: Path,
     save_dir: Path,
-    hierarchy: "Hierarchy",
+    hierarchy: Hierarchy,
     wishes: Wishes,
 ) -> int:
     """`encode_folder` under the lock."""
@@ -103,7 +101,7 @@ def _encode(
 
     save(old, ids=[*ours, *masks])
     jobs = [Job(i, paths, photos.find(i), old.get(i)) for i, paths in masks.items()]
-    reader = mask_reader(hierarchy, wishes.classes, wishes.by)
+    reader = MaskReader(hierarchy, wishes.classes, wishes.by)
     work = partial(encode_mask, reader=reader, masks_dir=masks_dir, save_dir=save_dir, obey_exif=wishes.obey_exif)
     outcomes = dict(zip(masks, map_files(work, jobs, "encoding"), strict=True))
     files = {i: outcome.record for i, outcome in outcomes.items() if outcome.record}
@@ -174,7 +172,7 @@ def _tell(what: str, masks: list[str]) -> None:
         print(f"note: {len(masks)} masks {what} (the first: {masks[0]})", file=sys.stderr)
 
 
-# ---- one mask, in a worker process -------------------------------------------------------------------------
+# ---- one mask ----------------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):

@@ -3,20 +3,15 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.hierarchy import Hierarchy
 from utils.ids import PhotoFolder, files_below, read_text, same_form
-from utils.images import MASK_SUFFIXES, VOID_COLOUR, Colour, read_values
-
-if TYPE_CHECKING:  # it brings torch with it, which the worker processes can do without
-    from utils.hierarchy import Hierarchy
+from utils.images import MASK_SUFFIXES, VOID_COLOUR, read_values
 
 # What may follow the id in a mask's name; where an id has several, the first of these is its mask.
 KINDS = "labelIds mask masks label labels seg segmentation gt labelTrainIds color instanceIds instanceTrainIds".split()
@@ -119,7 +114,7 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s_-]+", "_", text.strip().lower())
 
 
-def warnings_of(hierarchy: "Hierarchy", classes: Mapping[str, str] | None) -> list[str]:
+def warnings_of(hierarchy: Hierarchy, classes: Mapping[str, str] | None) -> list[str]:
     """What is allowed, but rarely meant: a background without its flag, a class that no mask can hold."""
     names, lonely = hierarchy.names, set(hierarchy.roots) & set(hierarchy.leaves)
     found = [
@@ -137,45 +132,27 @@ def warnings_of(hierarchy: "Hierarchy", classes: Mapping[str, str] | None) -> li
 # ---- values and colours ------------------------------------------------------------------------------------
 
 
-def mask_reader(hierarchy: "Hierarchy", classes: Mapping[str, str] | None, by: str) -> "MaskReader":
-    """What turns masks, whose values are `classes` of the tree (None: its ids), into labels."""
-    label_of = {name: label for label, name in enumerate(hierarchy.names)} | {VOID: hierarchy.ignore_index}
-    labels = None if classes is None else {value: label_of[name] for value, name in classes.items()}
-    return MaskReader(hierarchy.name, hierarchy.colours, hierarchy.ignore_index, labels, by)
-
-
-@dataclass(frozen=True)
 class MaskReader:
-    """Reads masks into labels of one tree, whose nodes have the colours of `palette`.
+    """Reads masks into labels of one tree.
 
-    `classes` says which label a value ("24") or a colour ("#dc143c") stands for, "*" being all others; without it
-    the values are the labels. `by` index or colour settles what the palette of an indexed PNG leaves open.
+    `classes` says what in the tree a value ("24") or a colour ("#dc143c") stands for, "*" being all others; without
+    it the values are the labels. `by` index or colour settles what the palette of an indexed PNG leaves open.
     """
 
-    tree: str
-    palette: tuple[Colour, ...]
-    void: int
-    classes: Mapping[str, int] | None = None
-    by: str = "auto"
+    def __init__(self, hierarchy: Hierarchy, classes: Mapping[str, str] | None, by: str = "auto") -> None:
+        self.tree, self.by, self.palette, self.void = hierarchy.name, by, hierarchy.colours, hierarchy.ignore_index
+        label_of = {name: label for label, name in enumerate(hierarchy.names)} | {VOID: self.void}
+        labels = {value: label_of[name] for value, name in (classes or {}).items()}
+        self.rest = labels.get("*")  # the label of everything that is not named
 
-    @cached_property
-    def values(self) -> dict[int, int]:
-        """Value -> label. A 255 that nothing explains is void in every family of masks."""
-        named = {int(key): label for key, label in (self.classes or {}).items() if key.isdigit()}
-        are_ids = all(value == label for value, label in named.items())  # then so are those that no line names
-        return ({v: v for v in (*range(len(self.palette)), self.void)} if are_ids else {255: self.void}) | named
-
-    @cached_property
-    def colours(self) -> dict[int, int]:
-        """Colour, as one number -> label."""
-        named = {int(key[1:], 16): label for key, label in (self.classes or {}).items() if key[0] == "#"}
-        ours = dict(zip(_packed(self.palette).tolist(), range(len(self.palette)), strict=True))
-        return {int(_packed(VOID_COLOUR)): self.void} | ours | named
-
-    @property
-    def rest(self) -> int | None:
-        """The label of everything that is not named."""
-        return (self.classes or {}).get("*")
+        values = {int(key): label for key, label in labels.items() if key.isdigit()}
+        are_ids = all(value == label for value, label in values.items())  # then so are those that no line names
+        # A 255 that nothing explains is void in every family of masks.
+        known = {v: v for v in (*range(hierarchy.num_nodes), self.void)} if are_ids else {255: self.void}
+        self.values = known | values
+        colours = {int(key[1:], 16): label for key, label in labels.items() if key[0] == "#"}
+        ours = dict(zip(_packed(self.palette).tolist(), range(hierarchy.num_nodes), strict=True))
+        self.colours = {int(_packed(VOID_COLOUR)): self.void} | ours | colours
 
     def read(self, path: Path) -> tuple[np.ndarray, bool]:
         """The labels of a mask, and whether its colours gave them against its values. Shape: (H, W) uint8.
