@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,6 @@ def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, change: dict, m
     [
         ([], "expected a JSON object with the keys cfg, overrides, runs, search, seeds"),
         ({"runs": []}, "at least one run"),
-        ({"run": []}, "unknown key 'run'"),
         ({}, "is missing the key 'runs'"),
         ({"runs": [{"name": "a", "cfg": "configs/quickstart.json", "seeds": [0]}] * 2}, "two runs have this name"),
     ],
@@ -165,7 +165,6 @@ def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(t
     few = own.run("few", {"n_val_photos": 7})
     train, evaluate = Job(few, 1, tmp_path).commands  # goes on from its checkpoint if there is one
     assert (train[0], *train[-2:]) == ("train.py", "--resume", "auto")
-    assert (evaluate[0], evaluate[-1]) == ("evaluate.py", "--no-pictures")
     assert [[text for text in command if "n_val" in text] for command in (train, evaluate)] == [
         ["n_val_photos=7"],
         ["n_val_photos=null"],  # which are all
@@ -196,43 +195,37 @@ def epochs(root: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_runner_that_is_stopped_and_killed_goes_on(tmp_path: Path) -> None:
+def test_a_runner_that_is_stopped_and_killed_goes_on_and_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     """Stopped, its trainings save and end; killed, they go on alone, and the next runner waits for them."""
     make_data(tmp_path / "data", train=12, val=2)
-    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=6)
-    path = write_runs(tmp_path, {"name": "tm", "cfg": str(cfg), "seeds": [0]}, search={"lr": [0.001]})
+    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=4, encoder="mobilenet_v3_small")
+    runs = [
+        {"name": "tm", "search": {"lr": [0.001]}},
+        {"name": "bad", "overrides": {"val_sample_ids_file": "nothing.txt"}},
+        {"name": "ce", "overrides": {"criterion": "ce"}},
+    ]
+    path = write_runs(tmp_path, *runs, cfg=str(cfg), seeds=[0])
     for end, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         before, runner = epochs(tmp_path), start(path)
         while epochs(tmp_path) == before and runner.poll() is None:
-            time.sleep(0.05)
+            time.sleep(0.02)
         if end is signal.SIGTERM:
-            assert "is in use by process" in start(path).communicate(timeout=120)[0]
+            with pytest.raises(UserError, match="is in use by process"):
+                tool.run_all(Namespace(file=path, take_over=False), read_entries(path))
         runner.send_signal(end)
         output, _ = runner.communicate(timeout=120)
         assert runner.returncode == status, output
-    runner = start(path)
-    output, _ = runner.communicate(timeout=240)
-    assert runner.returncode == 0, output
-    assert epochs(tmp_path) == 12  # of the try and of the run itself; none was counted twice
-    kept = [path.relative_to(tmp_path / "experiments") for path in tmp_path.glob("experiments/*/*/*.pt")]
-    assert kept == [Path("trial_tm_seed0/models_checkpoints/last.pt")]
-    scores = json.loads((tmp_path / "experiments/trial_tm_seed0/evaluation/last/scores.json").read_text())
-    assert (scores["epoch"], set(scores["rules"])) == (6, set(DECODE_RULES))
-    assert "Chosen for tm on the held-out photos: lr 0.001" in (tmp_path / "out" / "experiments.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    make_data(tmp_path / "data", train=4, val=2)
-    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=1)
-    bad = {"name": "bad", "cfg": str(cfg), "seeds": [0], "overrides": {"val_sample_ids_file": "nothing.txt"}}
-    good = [{"name": name, "cfg": str(cfg), "overrides": {"criterion": name}, "seeds": [0]} for name in ("bce", "ce")]
-    path = write_runs(tmp_path, bad, *good)
     runner = start(path, "--jobs", "2")
     output, _ = runner.communicate(timeout=240)
     assert runner.returncode == 1, output
     assert "trial_bad_seed0: ended with status 2, see" in output
     assert "finished trial_ce_seed0" in output
+    assert epochs(tmp_path) == 12  # of the try and of two runs; none was counted twice
+    kept = {str(path.relative_to(tmp_path / "experiments")) for path in tmp_path.glob("experiments/*/*/*.pt")}
+    assert kept == {f"trial_{name}_seed0/models_checkpoints/last.pt" for name in ("tm", "ce")}
+    scores = json.loads((tmp_path / "experiments/trial_tm_seed0/evaluation/last/scores.json").read_text())
+    assert (scores["epoch"], set(scores["rules"])) == (4, set(DECODE_RULES))
+    assert "Chosen for tm on the held-out photos: lr 0.001" in (tmp_path / "out" / "experiments.md").read_text()
     photos = Image.open(tmp_path / "out" / "experiments_photos.jpg")  # photo, truth, two networks; two photos
     assert photos.width == 4 * 204
     assert photos.height > 2 * 204

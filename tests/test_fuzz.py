@@ -154,14 +154,8 @@ class Workshop:
             return lambda: load_config(self.config_file, [*words, misspelt("lr=0.1", chance)]), ["override"]
         path = self._write("config.json", spoilt_text(json.dumps(values), chance))
         said = [word for key in touched for word in (f"'{key}'", values.get(key)) if isinstance(word, str) and word[1:]]
-        return lambda: TrainManager(load_config(path)), [
-            str(path),
-            "'batch_size'",
-            "'img_dir'",
-            "root_data_dir",
-            "the id file",
-            *said,
-        ]
+        said += [str(path), "'batch_size'", "'img_dir'", "root_data_dir", "the id file"]
+        return lambda: TrainManager(load_config(path)), said
 
     def tree(self, chance: random.Random) -> Case:
         path = self._write("tree.json", spoilt_text(json.dumps(spoilt(chance.choice(self.trees), chance)[0]), chance))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import models.hseg
-from configs.config import Config, config_from_dict
+from configs.config import config_from_dict
 from manage.train_manager import TrainManager
 from tests.preloaded import SlimEncoder
 from utils.dataset import Sample
@@ -105,26 +105,16 @@ def test_bf16_stays_close_to_float32_and_its_loss_is_float32(start, monkeypatch)
     assert all(p.dtype == torch.float32 for p in mixed.learner.network.parameters())
 
 
-def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale(start):
-    run = start(amp="fp16")
-    if not run.learner.scaler.is_enabled():
-        pytest.skip("no gradient scaler on this device")
-    run.train_step([batch_of(1, 2)])
-    before, scale = weights(run), run.learner.scaler.get_scale()
-    spoil_gradients(run)
-    run.train_step([batch_of(3, 4)])
-    assert_same(before, weights(run), rtol=0, atol=0)
-    assert run.learner.scaler.get_scale() < scale
-
-
-def test_gradients_in_fp16_that_no_scale_makes_finite_stop_the_run(start):
+def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale_until_none_is_left(start):
     run = start(amp="fp16")
     if not run.learner.scaler.is_enabled():
         pytest.skip("no gradient scaler on this device")
     before, overflows = weights(run), 1 + int(math.log2(run.learner.scaler.get_scale()))
     spoil_gradients(run)
     for _ in range(overflows):
+        scale = run.learner.scaler.get_scale()
         run.train_step([batch_of(1, 2)])
+        assert run.learner.scaler.get_scale() < scale
     run._read_steps(late=0)
     run.train_step([batch_of(1, 2)])
     with pytest.raises(UserError, match=r"gradient norm (nan|inf) is not finite"):
@@ -193,9 +183,3 @@ def test_frozen_statistics_stay_and_others_move(start):
 def test_statistics_over_processes_are_refused_without_a_gpu(start):
     with pytest.raises(UserError, match="sync_batchnorm"):
         start(sync_batchnorm=True)
-
-
-def test_all_of_them_are_off_by_default_on_a_cpu(start):
-    run, config = start(), Config()
-    assert (run.learner.amp, run.learner.is_channels_last, config.compile) == ("off", False, False)
-    assert (config.accumulate, config.grad_clip, config.ema_decay) == (1, 0.0, 0.0)

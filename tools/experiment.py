@@ -132,9 +132,9 @@ class Job:
         self.log = logs / f"{self.name}.log"
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # waiting threads sleep: utils/__init__.py
         resuming = ("--resume", "auto", *(["--take-over"] if take_over else []))
-        whole = [text for text in run.arguments if not text.startswith("n_val_photos=")]
-        scoring = ("n_val_photos=null", "--checkpoint", "last", "--decode", "all", "--no-pictures")
-        self.commands = [["train.py", *run.arguments, *resuming], ["evaluate.py", *whole, *scoring]]
+        # by the run's own copy: a rule or bias that is named here would be another one than the checkpoint's own
+        scoring = ("--cfg", str(run.config.copy_file), "--checkpoint", "last", "--decode", "all", "--no-pictures")
+        self.commands = [["train.py", *run.arguments, *resuming], ["evaluate.py", *scoring, "n_val_photos=null"]]
 
     def advance(self) -> int | None:
         """Starts what comes next; returns the exit status once there is nothing more, or something failed."""
