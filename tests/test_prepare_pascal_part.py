@@ -209,10 +209,9 @@ def test_the_output_may_lie_in_the_source(own, run):
         assert run(own, "--out", own / name) == 0
 
 
-def test_no_usable_photo_at_all_is_an_error_that_lists_them(own, run, out, capsys):
+def test_no_usable_photo_at_all_is_an_error_that_lists_them(own, run, out):
     for path in (own / "JPEGImages").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="none of the 3 annotations"):
+    with pytest.raises(UserError, match=r"none of the 3 annotations (.|\n)*  a: no file for id"):
         run(own)
-    assert "  a: " in capsys.readouterr().out
     assert not list(out.parent.glob("*out*")), "nothing is left"

@@ -11,7 +11,6 @@ import argparse
 import colorsys
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -209,33 +208,27 @@ def draw_sample(settings: Settings, index: int) -> tuple[Image.Image, Image.Imag
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def sample_id(index: int) -> str:
-    """The id of photo `index`."""
-    return f"drawn_{index:05d}"
-
-
-def _write_sample(index: int, settings: Settings, folder: Path) -> None:
-    photo, mask = draw_sample(settings, index)
-    photo.save(folder / "JPEGImages" / f"{sample_id(index)}.jpg", quality=92)
-    mask.save(folder / "gt_masks" / f"{sample_id(index)}.png")
-
-
 def make_data_set(settings: Settings, out: Path) -> bool:
     """Writes the set, all of it or nothing; False where the same set is there already.
 
     Raises: UserError where `out` holds anything else, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        record = read_json(out / "dataset.json") if (out / "dataset.json").is_file() else None
-        if record == asdict(settings):
+        if (out / "dataset.json").is_file() and read_json(out / "dataset.json") == asdict(settings):
             return False
         raise UserError(f"{out} holds something else than this set; delete it, or choose another folder by --out")
-    ids = [sample_id(index) for index in range(settings.train + settings.val)]
+    ids = [f"drawn_{index:05d}" for index in range(settings.train + settings.val)]
     try:
         with whole_folder(out) as folder:
             for name in ("JPEGImages", "gt_masks"):
                 (folder / name).mkdir()
-            map_files(partial(_write_sample, settings=settings, folder=folder), range(len(ids)), "drawing")
+
+            def draw(index: int) -> None:
+                photo, mask = draw_sample(settings, index)
+                photo.save(folder / "JPEGImages" / f"{ids[index]}.jpg", quality=92)
+                mask.save(folder / "gt_masks" / f"{ids[index]}.png")
+
+            map_files(draw, range(len(ids)), "drawing")
             write_ids(ids[: settings.train], folder / "train_id.txt")
             write_ids(ids[settings.train :], folder / "val_id.txt")
             write_whole("".join(f"{label}: {name}\n" for label, name in enumerate(CLASSES)), folder / "classes.txt")

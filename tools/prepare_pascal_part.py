@@ -103,8 +103,8 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path, copy: bool) ->
     problems = {o.sample_id: o.problem for o in outcomes if o.problem}
     left_out = Counter(o.left_out for o in outcomes if o.left_out)
     if not counts:
-        print_problems(problems)
-        raise UserError(f"none of the {len(items)} annotations in {annotations} could be prepared; see above")
+        told = "".join(f"\n  {sample_id}: {problem}" for sample_id, problem in problems.items())
+        raise UserError(f"none of the {len(items)} annotations in {annotations} could be prepared{told}")
 
     split = {name: [i for i in read_ids(path) if i in counts] for name, path in OFFICIAL.items()}
     if all(split.values()):
@@ -227,12 +227,8 @@ def print_table(record: dict[str, Any]) -> None:
         print("not the photos of the official lists: draw your own with tools/dataset_hie_enc.py --split 0.2")
     for reason, number in record["left_out"].items():
         print(f"left out: {number:,} photos, {reason}")
-    print_problems(record["problems"])
-
-
-def print_problems(problems: dict[str, str]) -> None:
-    print(f"at fault: {len(problems) or 'none'}")
-    for sample_id, problem in problems.items():
+    print(f"at fault: {len(record['problems']) or 'none'}")
+    for sample_id, problem in record["problems"].items():
         print(f"  {sample_id}: {problem}")
 
 

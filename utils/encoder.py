@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -72,53 +71,80 @@ def encode_folder(
     try:
         _make_way(save_dir)
         with FileLock(save_dir / LOCK, timeout=0):
-            return _encode(masks, photos, masks_dir, save_dir, hierarchy, wishes)
+            return _Run(masks_dir, save_dir, hierarchy, wishes).encode(masks, photos)
     except Timeout:
         raise UserError(f"{save_dir} is being written by another process; wait for its end, and run again") from None
     except OSError as error:
         raise UserError(f"cannot write the encoded masks to {save_dir}: {error.strerror or error}") from error
 
 
-def _encode(
-    masks: Mapping[str, list[Path]],
-    photos: PhotoFolder,
-    masks_dir: Path,
-    save_dir: Path,
-    hierarchy: Hierarchy,
-    wishes: Wishes,
-) -> int:
-    """`encode_folder` under the lock."""
-    settings = {"format": FORMAT, "hierarchy": hierarchy.to_dict()}
-    settings |= {"classes": wishes.classes, "by": wishes.by, "obey_exif": wishes.obey_exif}
-    head = {"complete": False, "masks_dir": _place(masks_dir, save_dir)} | settings
-    last = _last_record(save_dir)
-    old = last["files"] if last.items() >= settings.items() else {}
-    ours = {*last["files"], *last["ids"]}
-    remove_unfinished(save_dir)
+class _Run:
+    """One encoding of a folder, under its lock."""
 
-    def save(files: dict, **rest: Any) -> None:
-        write_json(head | rest | {"files": files}, save_dir / RECORD, indent=None)
+    def __init__(self, masks_dir: Path, save_dir: Path, hierarchy: Hierarchy, wishes: Wishes) -> None:
+        self.masks_dir, self.save_dir, self.wishes = masks_dir, save_dir, wishes
+        self.reader = MaskReader(hierarchy, wishes.classes, wishes.by)
+        self.settings = {"format": FORMAT, "hierarchy": hierarchy.to_dict()}  # where they differ, all is encoded again
+        self.settings |= {"classes": wishes.classes, "by": wishes.by, "obey_exif": wishes.obey_exif}
+        last = _last_record(save_dir)
+        self.old = last["files"] if last.items() >= self.settings.items() else {}
+        self.ours = {*last["files"], *last["ids"]}
+        self.written: list[str] = []
 
-    save(old, ids=[*ours, *masks])
-    jobs = [Job(i, paths, photos.find(i), old.get(i)) for i, paths in masks.items()]
-    reader = MaskReader(hierarchy, wishes.classes, wishes.by)
-    work = partial(encode_mask, reader=reader, masks_dir=masks_dir, save_dir=save_dir, obey_exif=wishes.obey_exif)
-    outcomes = dict(zip(masks, map_files(work, jobs, "encoding"), strict=True))
-    files = {i: outcome.record for i, outcome in outcomes.items() if outcome.record}
-    must = set(masks if wishes.ids is None else wishes.ids)
-    faults = {i: outcome.fault for i, outcome in outcomes.items() if outcome.fault}
-    faults |= dict.fromkeys(must - masks.keys(), "it has no mask")
-    if (faulty := {i: fault for i, fault in faults.items() if i in must}) and not wishes.skip_faulty:
-        save(files, ids=[*ours, *masks])
-        raise UserError(_all_faults(faulty, len(must)))
+    def encode(self, masks: Mapping[str, list[Path]], photos: PhotoFolder) -> int:
+        remove_unfinished(self.save_dir)
+        self._save(self.old, complete=False, ids=[*self.ours, *masks])
+        found = map_files(lambda i: self._record_or_fault(i, masks[i], photos.find(i)), list(masks), "encoding")
+        records = dict(zip(masks, found, strict=True))
+        files = {i: record for i, record in records.items() if isinstance(record, dict)}
+        must = set(masks if self.wishes.ids is None else self.wishes.ids)
+        faults = {i: record for i, record in records.items() if isinstance(record, str)}
+        faults |= dict.fromkeys(must - masks.keys(), "it has no mask")
+        if (faulty := {i: fault for i, fault in faults.items() if i in must}) and not self.wishes.skip_faulty:
+            self._save(files, complete=False, ids=[*self.ours, *masks])
+            raise UserError(_all_faults(faulty, len(must)))
+        for note in (BY_COLOUR, TURNED):
+            _tell(note, [i for i, record in files.items() if record["note"] == note])
+        _tell("were left out", [f"{i}: {fault}" for i, fault in faults.items()])
+        for sample_id in self.ours - files.keys():
+            (self.save_dir / f"{sample_id}.png").unlink(missing_ok=True)
+        self._save(files, complete=True, skipped=faults)
+        return len(self.written)
 
-    for note in (BY_COLOUR, TURNED):
-        _tell(note, [i for i, record in files.items() if record["note"] == note])
-    _tell("were left out", [f"{i}: {fault}" for i, fault in faults.items()])
-    for sample_id in ours - files.keys():
-        (save_dir / f"{sample_id}.png").unlink(missing_ok=True)
-    save(files, complete=True, skipped=faults)
-    return sum(outcome.is_new for outcome in outcomes.values())
+    def _save(self, files: dict, **rest: Any) -> None:
+        record = rest | {"masks_dir": _place(self.masks_dir, self.save_dir)} | self.settings | {"files": files}
+        write_json(record, self.save_dir / RECORD, indent=None)
+
+    def _record_or_fault(self, sample_id: str, masks: list[Path], photo: Path | str) -> dict[str, Any] | str:
+        """Of one mask; a fault is told, so that the rest goes on."""
+        try:
+            if isinstance(photo, str):
+                return photo
+            if len(masks) > 1:
+                return f"it has two masks, {masks[0]} and {masks[1]}; keep one"
+            return self._record(masks[0], photo, self.save_dir / f"{sample_id}.png", self.old.get(sample_id))
+        except (UserError, OSError) as error:
+            return str(error)
+
+    def _record(self, mask: Path, photo: Path, target: Path, old: dict[str, Any] | None) -> dict[str, Any]:
+        """Writes the label map of a mask, where the last run's does not stand. Raises: UserError, OSError."""
+        size, orientation = photo_header(photo)
+        record = {"source": mask.relative_to(self.masks_dir).as_posix(), "photo": [*size, orientation]}
+        is_there = old and target.is_file() and target.stat().st_size == old["encoded_bytes"]
+        if is_there and old.items() >= record.items() and is_same(mask, old):
+            return old | _stamp(mask)  # one that was only copied or touched has a new time
+        labels, by_colour = self.reader.read(mask)
+        is_turned = _is_stored(mask, labels.shape[::-1], photo, size, orientation, self.wishes.obey_exif)
+        if is_turned:
+            labels = np.asarray(upright(Image.fromarray(labels), orientation))
+        data = indexed_png(labels, self.reader.palette)
+        if not target.is_file() or target.read_bytes() != data:
+            # not flushed to the disk one by one: a power cut may leave a map cut short, which reading names
+            write_whole(data, target, sync=False)
+            self.written.append(target.name)
+        record |= _stamp(mask) | {"sha256": _sha256(mask), "encoded_bytes": len(data)}
+        record["note"] = TURNED if is_turned else BY_COLOUR if by_colour else ""
+        return record | {"counts": {str(v): n for v, n in enumerate(Image.fromarray(labels).histogram()) if n}}
 
 
 def _last_record(save_dir: Path) -> dict[str, Any]:
@@ -172,54 +198,6 @@ def _tell(what: str, masks: list[str]) -> None:
         print(f"note: {len(masks)} masks {what} (the first: {masks[0]})", file=sys.stderr)
 
 
-# ---- one mask ----------------------------------------------------------------------------------------------
-
-
-class Job(NamedTuple):
-    """One mask, its photo (or why there is none), and what the last run said of it."""
-
-    sample_id: str
-    masks: list[Path]
-    photo: Path | str
-    old: dict[str, Any] | None
-
-
-class Outcome(NamedTuple):
-    """What became of one mask: its record, or its fault."""
-
-    record: dict[str, Any] | None = None
-    fault: str = ""
-    is_new: bool = False
-
-
-def encode_mask(job: Job, reader: MaskReader, masks_dir: Path, save_dir: Path, obey_exif: bool | None) -> Outcome:
-    """Writes the label map, where the last run's does not stand; a fault is told, so that the rest goes on."""
-    try:
-        if isinstance(job.photo, str):
-            raise UserError(job.photo)
-        if len(job.masks) > 1:
-            raise UserError(f"it has two masks, {job.masks[0]} and {job.masks[1]}; keep one")
-        mask, target = job.masks[0], save_dir / f"{job.sample_id}.png"
-        size, orientation = photo_header(job.photo)
-        record = {"source": mask.relative_to(masks_dir).as_posix(), "photo": [*size, orientation]}
-        if job.old and job.old.items() >= record.items() and is_same(mask, job.old) and _is_whole(target, job.old):
-            return Outcome(job.old | _stamp(mask))  # one that was only copied or touched has a new time
-        labels, by_colour = reader.read(mask)
-        is_turned = _is_stored(job, labels.shape[::-1], size, orientation, obey_exif)
-        if is_turned:
-            labels = np.asarray(upright(Image.fromarray(labels), orientation))
-        data = indexed_png(labels, reader.palette)
-        is_new = not target.is_file() or target.read_bytes() != data
-        if is_new:  # not flushed to the disk one by one: a power cut may leave a map cut short, which reading names
-            write_whole(data, target, sync=False)
-        record |= _stamp(mask) | {"sha256": _sha256(mask), "encoded_bytes": len(data)}
-        record["note"] = TURNED if is_turned else BY_COLOUR if by_colour else ""
-        record["counts"] = {str(v): n for v, n in enumerate(Image.fromarray(labels).histogram()) if n}
-        return Outcome(record, is_new=is_new)
-    except (UserError, OSError) as error:
-        return Outcome(fault=str(error))
-
-
 def is_same(mask: str | Path, old: dict[str, Any]) -> bool:
     """Whether a mask is what it was by size and time, or else by its content. Raises: OSError."""
     now = _stamp(mask)
@@ -228,23 +206,21 @@ def is_same(mask: str | Path, old: dict[str, Any]) -> bool:
     return now["mtime_ns"] == old["mtime_ns"] or _sha256(mask) == old["sha256"]
 
 
-def _is_stored(job: Job, mask: tuple[int, int], size: tuple[int, int], orientation: int, obey: bool | None) -> bool:
-    """Whether the mask was drawn on the stored pixels of a photo that is seen otherwise. Raises: UserError."""
+def _is_stored(
+    mask: Path, drawn: tuple[int, int], photo: Path, size: tuple[int, int], orientation: int, obey: bool | None
+) -> bool:
+    """Whether a mask was drawn on the stored pixels of a photo that is seen otherwise. Raises: UserError."""
     seen = seen_size(size, orientation)
-    if orientation > 1 and mask == seen == size and obey is None:
+    if orientation > 1 and drawn == seen == size and obey is None:
         raise UserError(OPEN_EXIF)
-    is_stored = orientation > 1 and (mask != seen if obey is None else not obey)
-    if mask != (size if is_stored else seen):
-        ours, theirs, stored = (f"{width}x{height}" for width, height in (mask, seen, size))
-        text = f"{job.masks[0]}: is {ours} (width x height), its photo {job.photo.name} is {theirs}"
+    is_stored = orientation > 1 and (drawn != seen if obey is None else not obey)
+    if drawn != (size if is_stored else seen):
+        ours, theirs, stored = (f"{width}x{height}" for width, height in (drawn, seen, size))
+        text = f"{mask}: is {ours} (width x height), its photo {photo.name} is {theirs}"
         if orientation > 1:
             text += f" when seen as its EXIF orientation {orientation} says, {stored} as stored (key obey_exif)"
         raise UserError(text)
     return is_stored
-
-
-def _is_whole(encoded: Path, old: dict[str, Any]) -> bool:
-    return encoded.is_file() and encoded.stat().st_size == old["encoded_bytes"]
 
 
 def _stamp(path: str | Path) -> dict[str, int]:
