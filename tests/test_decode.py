@@ -55,20 +55,6 @@ def test_logit_sum_is_the_most_probable_path_under_independent_nodes(h: Hierarch
         assert answer[0, i, j] == max(probability, key=probability.__getitem__)
 
 
-@pytest.mark.parametrize("tree", ["pascal_part", "synthetic_deep"])
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_equal_the_loops_at_every_batch_size_that_could_broadcast_wrongly(rule: str, tree: str) -> None:
-    h = Hierarchy.load(TREES / f"{tree}.json")
-    bias = torch.linspace(-1, 1, len(h.roots)).tolist()
-    # as many samples, rows or columns as nodes, leaves or roots
-    shapes = [(1, 2, 3), (4, 3, 1), (h.num_nodes, 1, 1), (h.num_leaves, 1, 2), (len(h.roots), 2, 1)]
-    for batch, height, width in [*shapes, (1, h.num_nodes, 1), (1, 1, h.num_leaves)]:
-        logits = random_logits(h, batch, height, width, seed=batch)
-        for given in (None, bias):
-            expected = reference.decode(rule, logits, h, given)
-            assert torch.equal(DECODERS[rule](logits, h, given).long(), expected)
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_memory_layout_does_not_matter(rule: str, h: Hierarchy) -> None:
     logits = random_logits(h, 3, 4, 5)

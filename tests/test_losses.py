@@ -89,24 +89,6 @@ def test_tree_min_is_at_least_bce_and_equal_where_scores_respect_the_tree(h: Hie
     torch.testing.assert_close(LOSSES["tree_min"](logits, labels, h), LOSSES["bce"](logits, labels, h))
 
 
-@pytest.mark.parametrize("tree", ["pascal_part", "synthetic_deep"])
-@pytest.mark.parametrize(("name", "gamma"), NAMES_AND_GAMMAS)
-def test_value_and_gradient_equal_the_loops(name: str, gamma: float, tree: str) -> None:
-    h = Hierarchy.load(TREES / f"{tree}.json")
-    logits, labels = random_case(h)
-    weights = torch.rand(h.num_nodes, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
-    for given in (None, weights):
-        naive = logits.clone().requires_grad_()
-        expected = reference.loss(name, naive, labels, h, gamma, given)
-        expected.backward()
-        value, grad = value_and_grad(name, logits, labels, h, gamma=gamma, node_weights=given)
-        torch.testing.assert_close(value, expected.detach(), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(grad, naive.grad, rtol=1e-7, atol=1e-9)
-        value, grad = value_and_grad(name, logits.float(), labels, h, gamma=gamma, node_weights=given)
-        torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(grad.double(), naive.grad, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(("name", "gamma"), NAMES_AND_GAMMAS)
 def test_extreme_logits_stay_finite(name: str, gamma: float, h: Hierarchy) -> None:
     _, labels = random_case(h)
