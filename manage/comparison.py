@@ -110,7 +110,7 @@ class Difference:
 
     def shown(self, value: float) -> str:
         """A difference with its sign: in points, which are hundredths; of the severity as it is."""
-        return f"{unit(self.score) * value:+.2f}"
+        return f"{value:+.3f}" if self.score == SEVERITY else f"{100 * value:+.2f}"
 
     @property
     def sentence(self) -> str:

@@ -142,8 +142,8 @@ def difference(
 )
 def test_a_verdict_needs_the_interval_and_the_seeds(given: Difference, verdict: str) -> None:
     assert given.verdict == verdict
-    value = given.value if given.score == "mistake_severity" else 100 * given.value
-    assert f"b against a: {verdict}, {value:+.2f} (interval over photos " in given.sentence
+    value = f"{given.value:+.3f}" if given.score == "mistake_severity" else f"{100 * given.value:+.2f}"
+    assert f"b against a: {verdict}, {value} (interval over photos " in given.sentence
     assert ("seeds' part in it is not known" in given.sentence) == (len(given.by_seed) < 2)
 
 
