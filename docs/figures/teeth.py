@@ -1,4 +1,4 @@
-"""Counts the teeth of predicted edges: how many of the label changes along rows are of runs one pixel wide.
+"""Counts the teeth of predicted edges: runs of one pixel with the same label on both sides, per label change of a row.
 
     python docs/figures/teeth.py CHECKPOINT [--cfg F] [--photos 30]
 
@@ -23,12 +23,9 @@ from utils.images import read_photo, scaled_size
 
 
 def teeth(leaves: np.ndarray) -> tuple[int, int, int, int]:
-    """Changes along rows, those at either side of a one-pixel run, those inside 2-pixel cells, those between cells."""
+    """Changes along rows, one-pixel runs, changes inside cells of 2 pixels, changes between cells."""
     change = leaves[:, 1:] != leaves[:, :-1]  # change[:, x]: between x and x + 1
-    thin = change[:, :-1] & change[:, 1:] & (leaves[:, :-2] == leaves[:, 2:])
-    single = np.zeros_like(change)
-    single[:, :-1] |= thin
-    single[:, 1:] |= thin
+    single = change[:, :-1] & change[:, 1:] & (leaves[:, :-2] == leaves[:, 2:])
     return change.sum(), single.sum(), change[:, ::2].sum(), change[:, 1::2].sum()
 
 
