@@ -47,17 +47,9 @@ def checked(key: str, value, hint, rule: Mapping):
 
 def _check_number(key: str, value: float, rule: Mapping) -> None:
     low, high, above = rule.get("low", -LARGEST), rule.get("high", LARGEST), rule.get("above", -math.inf)
-    expected = None
-    if isinstance(value, float) and not math.isfinite(value):
-        expected = "a finite number"
-    elif value < low:
-        expected = f"at least {low}"
-    elif value <= above:
-        expected = f"more than {above}"
-    elif value > high:
-        expected = f"at most {high}"
-    if expected:
-        raise UserError(f"key {key!r}: expected {expected}, found {_short(value)}")
+    if not max(low, above) <= value <= high or value == above:  # NaN is in no range
+        least = f"more than {above}" if "above" in rule else f"at least {low}"
+        raise UserError(f"key {key!r}: expected {least} and at most {high}, found {_short(value)}")
 
 
 def _check_text(key: str, value: str, rule: Mapping) -> None:

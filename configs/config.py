@@ -39,19 +39,11 @@ RESUMABLE_CHANGES = frozenset(
     "eval_checkpoint decode root_bias tta metrics log_every".split()
 )
 
-# Keys that went -> what there is instead. Records of old runs may hold them.
-_ONE_LOSS = "a run has one criterion; train with the first loss, then start from its checkpoint"
-_STEPS = "the step schedule goes down to a tenth after 60 % and again after 85 % of the steps"
-GONE = {
-    "vflip": "training views are not turned upside down",
-    "criterion_warmup": _ONE_LOSS,
-    "criterion_warmup_epochs": _ONE_LOSS,
-    "step_epochs": _STEPS,
-    "step_factor": _STEPS,
-    "on_non_finite": "a run always stops at a loss or gradient that is not finite",
-    "n_val_pictures": "TensorBoard shows the first four val photos",
-    "save_last_every_minutes": "last.pt is saved every ten minutes and after each epoch",
-}
+# Keys that went; records of old runs may hold them. CHANGELOG.md says of each what there is instead.
+GONE = frozenset(
+    "vflip criterion_warmup criterion_warmup_epochs step_epochs step_factor on_non_finite n_val_pictures "
+    "save_last_every_minutes node_weights".split()
+)
 
 
 def knob(default, help: str, **rule):
@@ -81,29 +73,21 @@ class Config:
     gt_dir: str = knob("gt_masks_hie", "label maps written by tools/dataset_hie_enc.py, relative to root_data_dir")
     train_sample_ids_file: str = knob("train_id.txt", "one id a line; relative to root_data_dir")
     val_sample_ids_file: str = knob("val_id.txt", "one id a line; relative to root_data_dir")
-    obey_exif: bool | None = knob(
-        None, "masks were drawn on photos as EXIF turns them: true; on the stored pixels: false; null: sizes tell"
-    )
+    obey_exif: bool | None = knob(None, "masks are of photos as EXIF turns them: true, as stored: false, null: by size")
     n_train_photos: int | None = knob(None, "use only the first so many train ids, null: all", low=1)
     n_val_photos: int | None = knob(None, "use only the first so many val ids, null: all", low=1)
     hierarchy: str = knob("configs/hierarchies/pascal_part.json", "the label tree; relative to the repository")
     n_classes: int | None = knob(None, "nodes of the tree; derived from it, and checked if given", low=1)
-    num_workers: int | str = knob(
-        "auto", "threads that read photos ahead; auto looks at the cores, 0: none", low=0, high=256, choices=("auto",)
-    )
+    num_workers: int | str = knob("auto", "threads that read photos ahead, 0: none", low=0, high=256, choices=("auto",))
     cache: str = knob(
-        "auto",
-        "where photos are kept, so that each is decoded once: in memory, on the device (GPU); auto takes what fits",
-        choices=("auto", "memory", "device", "off"),
+        "auto", "where decoded photos are kept; auto: where they fit", choices=("auto", "memory", "device", "off")
     )
     skip_unreadable: int = knob(0, "damaged photos left out before it stops: of train, of val, in each process", low=0)
 
     # --- photo size and augmentation ---
     short_side: int | None = knob(None, "photos are resized to this short side, null: native size", low=32, high=8192)
     crop_size: int = knob(480, "side of the square training crops, a multiple of 32", low=32, high=4096)
-    scale_jitter: list[float] | None = knob(
-        [0.75, 1.5], "range of scales before the crop, null: none", above=0, high=10
-    )
+    scale_jitter: list[float] | None = knob([0.75, 1.5], "scales before the crop, null: none", above=0, high=10)
     hflip: float = knob(0.5, "probability of a left-right flip", low=0, high=1)
     rotation: float = knob(0.0, "largest angle of a random turn, in degrees, 0: none", low=0, high=180)
     color_jitter: float = knob(0.0, "strength of brightness, contrast and saturation jitter, 0: none", low=0, high=1)
@@ -112,12 +96,8 @@ class Config:
     encoder: str = knob("resnet18", "a network of torchvision, or timm:NAME; --encoders lists them")
     pretrained: bool = knob(True, "start from the encoder's own weights, of ImageNet (downloaded once)")
     encoder_weights: str | None = knob(None, "start from this state dict instead; relative to root_dir")
-    init_from: str | None = knob(
-        None, "start from what fits of this checkpoint, of any tree, instead; relative to root_dir"
-    )
-    decoder_channels: list[int] = knob(
-        [256, 128, 64, 32, 16], "after each of the 5 up-sampling stages", low=1, high=4096
-    )
+    init_from: str | None = knob(None, "or from what fits of this checkpoint, of any tree; relative to root_dir")
+    decoder_channels: list[int] = knob([256, 128, 64, 32, 16], "after each of the 5 stages", low=1, high=4096)
     prior_bias: bool = knob(True, "start the head at the data's class shares instead of at 0.5 each")
 
     # --- objective ---
@@ -125,11 +105,6 @@ class Config:
         "bce", 'a loss, or a weighted sum such as {"tree_min": 1.0, "bce": 1.0}', choices=CRITERIA, low=0
     )
     gamma: float = knob(2.0, "focusing exponent of the focal losses, 0: the plain loss", low=0, high=10)
-    node_weights: str = knob(
-        "none",
-        "of each node's term, from the encoding's pixel counts",
-        choices=("none", "inverse_sqrt", "effective_number"),
-    )
 
     # --- optimisation ---
     optimizer: str = knob("sgd", "sgd needs lr near 0.01, adam and adamw near 0.001", choices=("sgd", "adam", "adamw"))
@@ -138,48 +113,37 @@ class Config:
     freeze_encoder_epochs: int = knob(0, "first epochs in which the encoder is left as it starts", low=0)
     momentum: float = knob(0.9, "of sgd; the first beta of adam and adamw", low=0, high=0.9999)
     weight_decay: float = knob(1e-4, "of all weights but biases and normalisation", low=0)
-    schedule: str = knob(
-        "poly", "how lr falls from its peak, as a function of the step", choices=("constant", "step", "poly", "cosine")
-    )
+    schedule: str = knob("poly", "how lr falls from its peak", choices=("constant", "step", "poly", "cosine"))
     warmup_epochs: float = knob(0.0, "epochs of linear growth to lr, or a part; cut to half of a shorter run", low=0)
     poly_power: float = knob(0.9, "of the poly schedule", above=0)
     batch_size: int = knob(15, "crops per process and step", low=1)
     accumulate: int = knob(1, "batches per optimiser step; the gradient equals that of one large batch", low=1)
     grad_clip: float = knob(0.0, "largest norm of the gradient, 0: no clipping", low=0)
-    ema_decay: float = knob(
-        0.0, "average of the weights that is validated and kept, 0: none; 0.99 for short runs", low=0, high=0.999999
-    )
+    ema_decay: float = knob(0.0, "of averaged weights, 0: none; 0.99 for short runs", low=0, high=0.999999)
     n_epochs: int = knob(100, "passes over the training set", low=1)
 
     # --- speed ---
     amp: str = knob(
         "auto",
-        "mixed precision of the network; the loss stays in float32. auto: bf16 on GPUs that have it, which rounds "
-        "differently; off on CPUs",
+        "mixed precision, which rounds differently; auto: bf16 on GPUs that have it, off on CPUs",
         choices=("auto", "off", "bf16", "fp16"),
     )
     channels_last: bool | str = knob(
-        "auto", "memory layout, which changes rounding alone; auto: on GPUs with mixed precision", choices=("auto",)
+        "auto", "memory layout, moves rounding alone; auto: on GPUs with amp", choices=("auto",)
     )
     compile: bool = knob(False, "torch.compile network and criterion; pays off in long runs")
     freeze_batchnorm: bool = knob(False, "keep the BatchNorm statistics of the start, for small batches")
     sync_batchnorm: bool = knob(False, "BatchNorm statistics over all processes (GPUs only)")
-    timeout_minutes: float = knob(
-        10.0, "of several processes: one that says nothing for so long ends the run", above=0, high=10000
-    )
+    timeout_minutes: float = knob(10.0, "a process of several that hangs so long ends the run", above=0, high=10000)
 
     # --- validation, saving, evaluation ---
     val_every: int = knob(1, "epochs between validations; the last epoch always validates", low=1)
-    metrics: list[str] = knob(
-        ["mIoU", "pixel_accuracy", "violation_rate"], "scores drawn as curves, at every level", choices=METRICS
-    )
+    metrics: list[str] = knob(["mIoU", "pixel_accuracy", "violation_rate"], "drawn as curves", choices=METRICS)
     monitor: str = knob("max mIoU1", 'what makes a checkpoint the best: "max SCORE" or "min SCORE"', kind="score")
     log_every: int = knob(10, "steps between two points of the curves loss and lr", low=1)
     save_epoch: int = knob(10, "epochs between kept checkpoints", low=1)
     keep: int = knob(5, "how many of those are kept; best and last always are", low=1)
-    decode: str = knob(
-        "auto", "rule from node scores to a leaf; auto: that of the criterion", choices=("auto", *DECODE_RULES)
-    )
+    decode: str = knob("auto", "rule from scores to a leaf; auto: the criterion's", choices=("auto", *DECODE_RULES))
     root_bias: dict[str, float] = knob({}, "root name -> offset before the argmax; fit it with tools/fit_decode.py")
     tta: str = knob("off", "views averaged by evaluate, predict and export; full: six scales, flipped", choices=TTA)
     eval_checkpoint: str | None = knob(None, "what evaluate.py scores: best, last, checkpoint_<epoch> or a path")
@@ -272,7 +236,9 @@ def config_from_dict(values: dict, source: str, is_record: bool = False) -> Conf
             meant = suggest(key, FIELDS) or "."
             raise UserError(f"{source}: unknown key {key!r}{meant} `python configs/config.py --help` lists all keys")
         elif not is_record:
-            raise UserError(f"{source}: leave out {key!r}, which is no longer a key: {GONE[key]}")
+            raise UserError(
+                f"{source}: leave out {key!r}, which is no longer a key (CHANGELOG.md says what there is instead)"
+            )
     try:
         return Config(**known)
     except UserError as error:
@@ -280,19 +246,17 @@ def config_from_dict(values: dict, source: str, is_record: bool = False) -> Conf
 
 
 def save_config(config: Config, path: str | Path, full: bool = True) -> None:
-    """Writes the config as JSON, one key a line: all of them, or exp_name and those that differ from the defaults."""
+    """Writes the config as JSON, one key a line: all of them, or exp_name and those that differ from the defaults.
+
+    Raises: OSError.
+    """
     path, values = Path(path), config.to_dict()
     if not full:
         changed = differences(config, Config())
         values = {key: value for key, value in values.items() if key == "exp_name" or key in changed}
     lines = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole("{\n" + ",\n".join(lines) + "\n}\n", path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write the config ({error.strerror}); choose a folder you may write to"
-        ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole("{\n" + ",\n".join(lines) + "\n}\n", path)
 
 
 def parse_overrides(overrides: typing.Sequence[str]) -> dict:
@@ -337,12 +301,11 @@ def _check(config: Config) -> None:
 
 def _keys() -> str:
     lines = ["keys:"]
-    for key, field in FIELDS.items():
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        choices = field.metadata.get("choices")
-        lines.append(f"  {key} = {json.dumps(default)}\n      {field.metadata['help']}")
-        if choices:
-            lines.append(f"      one of: {', '.join(choices)}")
+    for key, default in Config().to_dict().items():
+        rule = FIELDS[key].metadata
+        lines += [f"  {key} = {json.dumps(default)}", f"      {rule['help']}"]
+        if "choices" in rule:
+            lines.append(f"      one of: {', '.join(rule['choices'])}")
     return "\n".join(lines)
 
 
@@ -369,6 +332,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as mistake:
+    except (UserError, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,6 @@ from utils.encoding import Encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
-from utils.node_weights import node_weights
 
 
 class Learner:
@@ -42,8 +41,7 @@ class Learner:
                 raise UserError("key 'sync_batchnorm': works on GPUs only; set it to false")
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
-        weights = node_weights(config.node_weights, encoding.labelled, hierarchy)
-        self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, weights, config.compile)
+        self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, config.compile)
         if config.compile:  # makes the tree's tables, whose making inside would have it compiled twice
             with torch.no_grad():
                 logits = torch.zeros(1, hierarchy.num_nodes, 1, 1, device=device)

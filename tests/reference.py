@@ -77,14 +77,7 @@ def pixels(labels: Tensor) -> list[tuple[int, int, int]]:
 # ---- losses ----------------------------------------------------------------------------------------------------
 
 
-def loss(
-    name: str,
-    logits: Tensor,
-    labels: Tensor,
-    h: Hierarchy,
-    gamma: float = 0.0,
-    node_weights: Tensor | None = None,
-) -> Tensor:
+def loss(name: str, logits: Tensor, labels: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """Any of the losses: the mean of its pixels' losses over the labelled pixels, 0 if there are none."""
     total, labelled = logits.sum() * 0, 0  # a zero that depends on the logits, so that it has a gradient
     for b, i, j in pixels(labels):
@@ -93,14 +86,11 @@ def loss(
             continue
         labelled += 1
         z = logits[b, :, i, j]
-        total = total + pixel_loss(name, z, label, h, gamma, node_weights)
+        total = total + pixel_loss(name, z, label, h, gamma)
     return total / max(labelled, 1)
 
 
-def pixel_loss(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, node_weights: Tensor | None) -> Tensor:
-    def weight(v: int) -> float | Tensor:
-        return 1.0 if node_weights is None else node_weights[v]
-
+def pixel_loss(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float) -> Tensor:
     def log_mass(v: int | None) -> Tensor:  # of all leaves where v is None, the parent of a root
         below = [z[u] for u in leaves(h) if v is None or v in ancestors(u, h)]
         return torch.stack(below).logsumexp(0) - torch.stack([z[u] for u in leaves(h)]).logsumexp(0)
@@ -109,28 +99,28 @@ def pixel_loss(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, nod
     levels = range(max(len(ancestors(u, h)) for u in leaves(h)))
     classes = [c for c in (class_at(label, level, h) for level in levels) if c is not None]
     if name == "ce":
-        return -log_mass(label) * weight(label)
+        return -log_mass(label)
     if name == "path_ce":
-        return -sum(log_mass(v) * weight(v) for v in path)
+        return -sum(log_mass(v) for v in path)
     if name == "level_ce":
-        return -sum((log_mass(c) * weight(c) for c in classes), zero) / len(levels)
+        return -sum((log_mass(c) for c in classes), zero) / len(levels)
     if name == "hxe":
-        ratios = [(log_mass(v) - log_mass(h.parents[v])) * weight(v) for v in path]
+        ratios = [log_mass(v) - log_mass(h.parents[v]) for v in path]
         return -sum(math.exp(-HXE_ALPHA * height(v, h)) * ratio for v, ratio in zip(path, ratios, strict=True))
     if name == "soft_margin":
         largest = max(distance(a, b, h) for a in leaves(h) for b in leaves(h))
         below = [u for u in leaves(h) if label in ancestors(u, h)]
         raised = [z[u] if u in below else z[u] + SOFT_MARGIN_TAU * distance(label, u, h) / largest for u in leaves(h)]
-        return weight(label) * (torch.stack(raised).logsumexp(0) - torch.stack([z[u] for u in below]).logsumexp(0))
+        return torch.stack(raised).logsumexp(0) - torch.stack([z[u] for u in below]).logsumexp(0)
     if name == "node_ce":
         total = zero
         for level in levels:
             c = class_at(label, level, h)
             rivals = {class_at(u, level, h) for u in leaves(h)}
             if c is not None:
-                total = total + (torch.stack([z[u] for u in rivals]).logsumexp(0) - z[c]) * weight(c)
+                total = total + torch.stack([z[u] for u in rivals]).logsumexp(0) - z[c]
         return total / len(levels)
-    return binary_pixel(name, z, label, h, gamma, node_weights)
+    return binary_pixel(name, z, label, h, gamma)
 
 
 def height(v: int, h: Hierarchy) -> int:
@@ -145,7 +135,7 @@ def distance(u: int, v: int, h: Hierarchy) -> int:
     return len(up) + len(down) - 2 * shared
 
 
-def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, node_weights: Tensor | None) -> Tensor:
+def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float) -> Tensor:
     total = z.sum() * 0
     for v in range(h.num_nodes):
         if not is_known(v, label, h):
@@ -162,7 +152,7 @@ def binary_pixel(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float, n
         term = softplus(-margin)
         if "focal" in name:
             term = term * torch.sigmoid(-margin) ** gamma  # 1 - p_t, without cancellation
-        total = total + (term if node_weights is None else term * node_weights[v])
+        total = total + term
     return total
 
 

@@ -1,13 +1,11 @@
 """Configs: what is written is read again, every key refuses what it cannot mean, and nothing is overwritten."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import types
 import typing
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +17,6 @@ from configs.config import (
     TYPES,
     Config,
     config_from_dict,
-    differences,
     load_config,
     parse_overrides,
     save_config,
@@ -36,7 +33,6 @@ def test_a_shipped_config_says_what_differs_from_the_defaults_and_is_named_as_it
     config = load_config(path)
     save_config(config, tmp_path / "a.json", full=False)
     assert path.read_text() == (tmp_path / "a.json").read_text(), "write it with save_config"
-    assert set(json.loads(path.read_text())) == {"exp_name", *differences(config, Config())}
     assert config.exp_name == path.stem
 
 
@@ -111,24 +107,19 @@ def test_a_mistake_in_a_file_names_file_and_key(tmp_path, text, words):
         load_config(path)
 
 
-def test_places_that_cannot_be_are_named(tmp_path):
+def test_a_file_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     (tmp_path / "right.json").write_text("{}")
     with pytest.raises(UserError, match=r"wrong\.json: no such file.*right\.json"):
         load_config(tmp_path / "wrong.json")
-    with pytest.raises(UserError, match=r"is a directory"):
-        load_config(tmp_path)
-    with pytest.raises(UserError, match=r"right\.json/a\.json: cannot write the config"):
-        save_config(Config(), tmp_path / "right.json" / "a.json")
 
 
-@pytest.mark.parametrize("key", GONE)
-def test_a_key_that_went_is_named_with_what_there_is_instead_but_stands_in_records(tmp_path, key):
+def test_keys_that_went_are_named_but_stand_in_records(tmp_path):
     copy = tmp_path / "experiments" / "x" / "configs" / "x.json"
     copy.parent.mkdir(parents=True)
     for path in (copy, tmp_path / "x.json"):
-        path.write_text(json.dumps({"exp_name": "x", key: 1}))
+        path.write_text(json.dumps({"exp_name": "x"} | dict.fromkeys(GONE, 1)))
     assert load_config(copy) == Config(exp_name="x")
-    with pytest.raises(UserError, match=rf"x\.json: leave out '{key}', which is no longer a key: \w"):
+    with pytest.raises(UserError, match=r"x\.json: leave out '\w+', which is no longer a key"):
         load_config(tmp_path / "x.json")
 
 
@@ -146,22 +137,21 @@ OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize(("text", "value"), OVERRIDES.items())
-def test_an_override_is_json_where_it_can_be_and_text_elsewhere(text, value):
-    (parsed,) = parse_overrides([text]).values()
-    assert (parsed, type(parsed)) == (value, type(value))
+def test_an_override_is_json_where_it_can_be_and_text_elsewhere():
+    for text, value in OVERRIDES.items():
+        (parsed,) = parse_overrides([text]).values()
+        assert (parsed, type(parsed)) == (value, type(value))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
-        (["lr"], "'lr' is not an override; expected key=value"),
-        (["lr=1", "lr=2"], "'lr' is given twice"),
-        (["lr=fast"], "with overrides: key 'lr': expected a number, found a text"),
-        (["lrr=1"], "unknown key 'lrr'; did you mean 'lr'"),
-        (["lr=NaN"], "key 'lr'"),
-    ],
-)
+MISTAKEN = {
+    ("lr",): "'lr' is not an override; expected key=value",
+    ("lr=1", "lr=2"): "'lr' is given twice",
+    ("lr=fast",): "with overrides: key 'lr': expected a number, found a text",
+    ("lrr=1",): "unknown key 'lrr'; did you mean 'lr'",
+}
+
+
+@pytest.mark.parametrize(("overrides", "part"), MISTAKEN.items())
 def test_a_mistaken_override_is_named(overrides, part):
     with pytest.raises(UserError, match=part):
         load_config(None, overrides)
@@ -184,7 +174,9 @@ def script(tmp_path):
     return run
 
 
-def test_the_script_writes_what_differs_or_everything_and_overwrites_no_other_values(script, tmp_path):
+def test_the_script_writes_what_differs_or_everything_overwrites_no_other_values_and_explains_each_key(
+    script, tmp_path
+):
     (tmp_path / "base.json").write_text('{"exp_name": "base", "lr": 0.5, "batch_size": 2}')
     path = tmp_path / "configs" / "x.json"
     words = ("--cfg", str(tmp_path / "base.json"), "exp_name=x", "seed=3")
@@ -199,13 +191,8 @@ def test_the_script_writes_what_differs_or_everything_and_overwrites_no_other_va
     assert script("--full").returncode == 0
     assert list(json.loads(path.with_name("hseg.json").read_text())) == list(FIELDS)
     assert load_config(path.with_name("hseg.json")) == Config()
-
-
-def test_help_lists_every_key_with_its_default(script):
-    text = script("--help").stdout
-    for key, field in FIELDS.items():
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        assert f"  {key} = {json.dumps(default)}\n" in text
+    shown = script("--help").stdout
+    assert all(f"  {key} = {json.dumps(value)}\n" in shown for key, value in Config().to_dict().items())
 
 
 def test_importing_the_config_writes_nothing_and_needs_the_standard_library_only(script, tmp_path):
@@ -213,10 +200,3 @@ def test_importing_the_config_writes_nothing_and_needs_the_standard_library_only
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr
     assert not list(tmp_path.rglob("*.json"))
-
-
-def test_data_may_lie_outside_of_the_data_folder():
-    config = Config(gt_dir="/maps", train_sample_ids_file="~/train.txt", val_sample_ids_file="lists/val.txt")
-    assert config.labels_dir == Path("/maps")
-    assert config.ids_file("train") == Path.home() / "train.txt"
-    assert config.ids_file("val") == config.data_dir / "lists" / "val.txt"

@@ -15,7 +15,6 @@ from utils.decode import DECODERS
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES, build_criterion
-from utils.node_weights import node_weights
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 NAMES = sorted(LOSSES)
@@ -189,25 +188,6 @@ def test_shapes_that_do_not_fit_are_refused(h: Hierarchy) -> None:
     for bad_logits, bad_labels in ((logits[:, :7], labels), (logits, labels[:1]), (logits, labels[..., :2])):
         with pytest.raises(ValueError, match="do not fit"):
             LOSSES["bce"](bad_logits, bad_labels, h)
-
-
-def test_node_weights_by_hand() -> None:
-    h = reference.tree_of([None, 2, None])
-    assert node_weights("none", [1, 1, 1], h) is None
-    weights = node_weights("inverse_sqrt", [12, 3, 1], h)  # shares 12/16, 3/16, and (1 + 3)/16 for the parent
-    expected = torch.tensor([12.0, 3.0, 4.0]).rsqrt()
-    torch.testing.assert_close(weights, expected / expected.mean())
-    weights = node_weights("inverse_sqrt", [12, 0, 1], h)
-    assert weights[1] == weights.max(), "a node without pixels gets the largest of the others"
-    weights = node_weights("effective_number", [12000, 3000, 1000], h)
-    expected = torch.tensor([1 / (1 - (1 - 1 / 16000) ** n) for n in (12000, 3000, 4000)])
-    torch.testing.assert_close(weights, expected / expected.mean(), rtol=1e-4, atol=0)
-
-
-def test_counts_that_do_not_fit_the_tree_are_refused(h: Hierarchy) -> None:
-    for counts in ([1, 2], [0] * 10):
-        with pytest.raises(UserError, match="no pixel of the tree"):
-            node_weights("inverse_sqrt", counts, h)
 
 
 class CountOperations(TorchDispatchMode):

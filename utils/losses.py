@@ -1,14 +1,13 @@
 """Losses on a label tree, from integer labels at any depth.
 
     loss = LOSSES["tree_min"](logits, labels, h)
-    criterion = build_criterion({"tree_min": 1.0, "bce": 1.0}, h, gamma=0.0, node_weights=None)
+    criterion = build_criterion({"tree_min": 1.0, "bce": 1.0}, h, gamma=0.0)
 
-Each is a plain function (z, y, h, gamma, weights) -> (B, H, W), a term per pixel; autograd differentiates.
+Each is a plain function (z, y, h, gamma) -> (B, H, W), a term per pixel; autograd differentiates.
 
-    z        logits in float32 or float64. Shape: (B, N, H, W)
-    y        labels as columns of the tables of `Hierarchy`: the node, N for void. Shape: (B, H, W) int64
-    gamma    exponent of the focal forms; the others leave it alone
-    weights  a factor for each node's term, or None; in `ce` and `soft_margin`, with one term, that of the label's node
+    z      logits in float32 or float64. Shape: (B, N, H, W)
+    y      labels as columns of the tables of `Hierarchy`: the node, N for void. Shape: (B, H, W) int64
+    gamma  exponent of the focal forms; the others leave it alone
 
 What lies below an inner label is unknown, and no loss asks anything of it.
 """
@@ -36,13 +35,13 @@ SOFT_MARGIN_TAU = 1.0  # of `soft_margin`: the margin, in logits, of the leaf th
 # of that, which needs no epsilon. Min and max commute with sigmoid, so they are taken on logits.
 
 
-def bce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def bce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """Binary cross-entropy of every node, summed. An inner label: of all nodes but those below it."""
     turns = look_up(-h.signs(z.device, z.dtype), y)
-    return node_terms(turns * z, turns, gamma, weights)
+    return node_terms(turns * z, turns, gamma)
 
 
-def tree_min(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def tree_min(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """`bce` of the lowest score above a positive node and the highest below a negative one, itself counted.
 
     An inner label: as `bce`; no minimum or maximum reaches below it.
@@ -54,10 +53,10 @@ def tree_min(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Te
         wrong[child] = take(wrong[parent], wrong[child], (wrong[parent] > wrong[child]) & positive[child])
     for parent, child in reversed(h.edges):
         wrong[parent] = take(wrong[child], wrong[parent], (wrong[child] > wrong[parent]) & negative[parent])
-    return node_terms(torch.stack(wrong, 1), turns, gamma, weights)
+    return node_terms(torch.stack(wrong, 1), turns, gamma)
 
 
-def c_hmcnn(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def c_hmcnn(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """`bce` of the highest true score below a positive node and of any score below a negative one, itself counted.
 
     An inner label: as `bce`; it is itself the lowest of the true nodes.
@@ -68,15 +67,15 @@ def c_hmcnn(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Ten
     for parent, child in reversed(h.edges):
         higher = positive[child] & (wrong[child] < wrong[parent]) | negative[parent] & (wrong[child] > wrong[parent])
         wrong[parent] = take(wrong[child], wrong[parent], higher)
-    return node_terms(torch.stack(wrong, 1), turns, gamma, weights)
+    return node_terms(torch.stack(wrong, 1), turns, gamma)
 
 
-def node_terms(wrong: Tensor, turns: Tensor, gamma: float, weights: Tensor | None) -> Tensor:
+def node_terms(wrong: Tensor, turns: Tensor, gamma: float) -> Tensor:
     """Sum over known nodes of softplus(wrong), times (1 - p)^gamma in the focal forms. Shape: (B, N, H, W), twice."""
     terms = F.softplus(wrong) * turns.abs()
     if gamma:
         terms = terms * (gamma * F.logsigmoid(wrong)).exp()  # whose slope stays finite where 1 - p is 0
-    return (terms if weights is None else terms * weights.view(-1, 1, 1)).sum(1)
+    return terms.sum(1)
 
 
 def look_up(table: Tensor, y: Tensor) -> Tensor:
@@ -93,19 +92,19 @@ def take(other: Tensor, own: Tensor, where: Tensor) -> Tensor:
 # ---- one softmax over the leaves: m(v) is its mass on the leaves at or below v ------------------------------------
 
 
-def ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """-log m(label). An inner label: the mass of all its leaves, whichever it is."""
-    return of_label(-log_sum_below(leaf_logits(z, h).log_softmax(1), y, h), y, weights)
+    return -log_sum_below(leaf_logits(z, h).log_softmax(1), y, h)
 
 
-def path_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def path_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """Sum of -log m(v) over the label's path. An inner label: over its own, shorter path."""
-    return mass_terms(z, y, h.signs(z.device, z.dtype).clamp(min=0), h, weights)
+    return mass_terms(z, y, h.signs(z.device, z.dtype).clamp(min=0), h)
 
 
-def level_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def level_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """Mean over the levels of -log m(class of the label there). An inner label: 0 at the levels below it."""
-    return mass_terms(z, y, h.cached("level_shares", z.device, z.dtype, lambda: _level_shares(h)), h, weights)
+    return mass_terms(z, y, h.cached("level_shares", z.device, z.dtype, lambda: _level_shares(h)), h)
 
 
 def _level_shares(h: Hierarchy) -> Tensor:
@@ -114,17 +113,17 @@ def _level_shares(h: Hierarchy) -> Tensor:
     return F.pad(F.one_hot(classes, h.num_nodes + 1).double().mean(0)[:, :-1].t(), (0, 1))
 
 
-def hxe(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def hxe(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """-sum over the label's path of exp(-alpha * height of v) * log(m(v) / m(parent of v)), a root's parent having 1.
 
     An inner label: over its own, shorter path.
     Source: Bertinetto et al., "Making Better Mistakes", CVPR 2020.
     """
     discount = h.cached("hxe", z.device, z.dtype, lambda: (-HXE_ALPHA * torch.tensor([h.heights]).double()).exp().t())
-    return mass_terms(z, y, h.signs(z.device, z.dtype).clamp(min=0) * discount, h, weights, conditional=True)
+    return mass_terms(z, y, h.signs(z.device, z.dtype).clamp(min=0) * discount, h, conditional=True)
 
 
-def soft_margin(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def soft_margin(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """`ce` with tau * (distance in the tree to the label, over its largest) added to each leaf's logit in the divisor.
 
     An inner label: the leaves below it stand at distance 0.
@@ -132,7 +131,7 @@ def soft_margin(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights:
     """
     logits = leaf_logits(z, h)
     margin = look_up(h.cached("soft_margin", z.device, z.dtype, lambda: _soft_margins(h)), y)
-    return of_label((logits + margin).logsumexp(1) - log_sum_below(logits, y, h), y, weights)
+    return (logits + margin).logsumexp(1) - log_sum_below(logits, y, h)
 
 
 def _soft_margins(h: Hierarchy) -> Tensor:
@@ -142,7 +141,7 @@ def _soft_margins(h: Hierarchy) -> Tensor:
     return SOFT_MARGIN_TAU * torch.tensor(distances).double() * (1 - h.leaves_below("cpu")) / largest
 
 
-def node_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Tensor | None = None) -> Tensor:
+def node_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """Mean over the levels of the cross-entropy of a softmax over the level's own logits.
 
     An inner label: 0 at the levels below it.
@@ -152,19 +151,16 @@ def node_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0, weights: Ten
     for level, classes in enumerate(h.level_classes):
         places = [classes.index(c) if c in classes else -1 for c in (*h.level_tables[level], None)]
         target = h.cached(("places", level), z.device, torch.int64, lambda places=places: torch.tensor(places))[y]
-        logits, factors = torch.stack([rows[v] for v in classes], 1), None if weights is None else weights[classes]
-        total = total + F.cross_entropy(logits, target, factors, ignore_index=-1, reduction="none")
+        logits = torch.stack([rows[v] for v in classes], 1)
+        total = total + F.cross_entropy(logits, target, ignore_index=-1, reduction="none")
     return total / h.num_levels
 
 
-def mass_terms(
-    z: Tensor, y: Tensor, factors: Tensor, h: Hierarchy, weights: Tensor | None, conditional: bool = False
-) -> Tensor:
+def mass_terms(z: Tensor, y: Tensor, factors: Tensor, h: Hierarchy, conditional: bool = False) -> Tensor:
     """Sum over nodes v of factors[v, label] * -log m(v), or of -log(m(v) / m(parent)). Shape: (N, N + 1) factors."""
     rows = log_mass(z.unbind(1), h)
     for parent, child in reversed(h.edges) if conditional else ():
         rows[child] = rows[child] - rows[parent]
-    factors = factors if weights is None else factors * weights.unsqueeze(1)
     return -sum(row * factor for row, factor in zip(rows, look_up(factors, y).unbind(1), strict=True))
 
 
@@ -194,19 +190,13 @@ def log_sum_below(values: Tensor, y: Tensor, h: Hierarchy) -> Tensor:
     return (values - highest).clamp(min=-80).exp().sum(1).log() + highest.squeeze(1)
 
 
-def of_label(term: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
-    return term if weights is None else term * F.pad(weights, (0, 1))[y]
-
-
 # ---- by name, and sums of them -----------------------------------------------------------------------------------
 PIXEL_LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss for loss in (bce, tree_min, c_hmcnn, ce, path_ce, level_ce, hxe, soft_margin, node_ce)
 } | {"focal": bce, "focal_tree_min": tree_min}  # these alone are given gamma
 
 
-def build_criterion(
-    spec: Spec, h: Hierarchy, gamma: float = 0.0, node_weights: Tensor | None = None, compile: bool = False
-) -> Criterion:
+def build_criterion(spec: Spec, h: Hierarchy, gamma: float = 0.0, compile: bool = False) -> Criterion:
     """A loss by name, or a sum of losses by name and weight: the mean over labelled pixels, 0 where there are none.
 
     With `compile` the formula is compiled where a gradient is wanted; validation, whose photos differ in size, is not.
@@ -222,9 +212,8 @@ def build_criterion(
 
     def mean_term(logits: Tensor, y: Tensor) -> Tensor:
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        weights = None if node_weights is None else node_weights.to(z)
         terms = [
-            factor * PIXEL_LOSSES[name](z, y, h, gamma if name.startswith("focal") else 0.0, weights)
+            factor * PIXEL_LOSSES[name](z, y, h, gamma if name.startswith("focal") else 0.0)
             for name, factor in losses.items()
         ]
         labelled = y != h.num_nodes
@@ -245,10 +234,8 @@ def build_criterion(
     return criterion
 
 
-def _loss(
-    name: str, logits: Tensor, labels: Tensor, h: Hierarchy, gamma: float = 0.0, node_weights: Tensor | None = None
-) -> Tensor:
-    return build_criterion(name, h, gamma, node_weights)(logits, labels)
+def _loss(name: str, logits: Tensor, labels: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
+    return build_criterion(name, h, gamma)(logits, labels)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {name: partial(_loss, name) for name in PIXEL_LOSSES}
