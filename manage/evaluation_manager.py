@@ -3,8 +3,9 @@
 import hashlib
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
 from manage.experiment import environment
-from manage.inference import Rows, chosen_amp, of_one_size, photo_named, pixels_at_once, rows_of_each
+from manage.inference import Rows, chosen_amp, logit_rows, photo_named
 from manage.network import tree_changes
 from manage.predictor import Decoding, Predictor
 from manage.tables import per_class, rules_table, summary, table, write_csv
@@ -44,6 +45,7 @@ from utils.metrics import LevelScores
 
 OF_THE_NETWORK = ("encoder", "decoder_channels", "short_side", "decode", "root_bias", "tta")  # keys of its training
 N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
+DRAWN_AT_ONCE = 4  # photos that threads draw, or have before them, beside the network
 
 
 @dataclass
@@ -58,7 +60,6 @@ class Validation:
 def predictions(
     network: nn.Module,
     loader: ValLoader,
-    device: torch.device,
     tolerance: Tolerance,
     how: dict[str, Any],
     bar: tqdm,
@@ -67,16 +68,11 @@ def predictions(
     """Every readable photo of the loader, fed as `how` tells `logit_rows`; `between` is called before each photo."""
     network.eval()
     rounds = distributed.largest(len(loader))
-
-    def readable() -> Iterator[Sample]:
-        for sample in loader:
-            between()
-            bar.update()
-            if tolerance.check(sample.index, sample.fault):
-                yield sample._replace(image=sample.image.to(device), labels=sample.labels.to(device))
-
-    for group in of_one_size(readable(), getattr(network, "stride", 32), pixels_at_once(device, **how)):
-        yield from zip(group, rows_of_each(network, group, **how), strict=True)
+    for sample in loader:
+        between()
+        bar.update()
+        if tolerance.check(sample.index, sample.fault):
+            yield sample, logit_rows(network, sample.image, tuple(sample.labels.shape), **how)
     for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
         between()
 
@@ -97,7 +93,7 @@ def validate(
     loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # sum over known pixels, and their number
     pictures: dict[str, np.ndarray] = {}
     with torch.inference_mode():
-        for sample, bands in predictions(network, loader, device, tolerance, {"amp": config.amp}, bar, between):
+        for sample, bands in predictions(network, loader, tolerance, {"amp": config.amp}, bar, between):
             leaves = torch.empty_like(sample.labels)
             with photo_named(tolerance.ids[sample.index]):
                 for rows, logits in bands:
@@ -211,12 +207,18 @@ class EvaluationManager:
         own_rule = default_decode(self.trained_with.criterion)  # of the probabilities, whatever rule decodes
         meters = [LevelScores(self.hierarchy, self.device, own_rule) for _ in self.decodings]
         counted: dict[int, Counted] = {}
+        drawing: deque[Future] = deque()
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
-        with torch.inference_mode(), PictureWriter(self.unfinished, self.hierarchy) as writer:
-            network = self.predictor.network
-            for sample, bands in predictions(network, self.loader, self.device, self.tolerance, self.how, bar):
+        with torch.inference_mode(), ThreadPoolExecutor(2) as drawers:
+            for sample, bands in predictions(self.predictor.network, self.loader, self.tolerance, self.how, bar):
                 with photo_named(self.ids[sample.index]):
-                    counted[sample.index] = self._score(sample, bands, meters, writer)
+                    counted[sample.index], *pictures = self._score(sample, bands, meters)
+                if self.options.pictures:
+                    drawing.append(drawers.submit(self._draw, sample.index, *pictures))
+                while len(drawing) > DRAWN_AT_ONCE:  # an error while drawing is raised here
+                    drawing.popleft().result()
+        for job in drawing:
+            job.result()
         bar.close()
         for meter in meters:
             distributed.sum_over_processes(meter.tensors())
@@ -231,8 +233,10 @@ class EvaluationManager:
         results = {decoding.rule: meter.compute() for decoding, meter in zip(self.decodings, meters, strict=True)}
         return distributed.on_main_only(self._write, results, counted, faults, time.monotonic() - began) or {}
 
-    def _score(self, sample: Sample, bands: Rows, meters: list[LevelScores], writer: "PictureWriter") -> Counted:
-        """Adds a photo to the meters, and draws it."""
+    def _score(
+        self, sample: Sample, bands: Rows, meters: list[LevelScores]
+    ) -> tuple[Counted, np.ndarray, report.SmallMaps]:
+        """Adds a photo to the meters; its counts, the leaf of each pixel, and what the page shows."""
         labels, matrices = sample.labels, [0] * len(meters)
         leaves, maps = torch.empty_like(labels), report.MapSampler(labels)
         before = meters[0].violations.clone()
@@ -242,14 +246,21 @@ class EvaluationManager:
                 matrices[i] += meter.update(decided, labels[None, rows], None if i else logits)
                 if i == 0:
                     leaves[rows] = decided[0]
-            if self.options.pictures:
-                maps.add(rows, logits[0])
-        if self.options.pictures:
-            files = self.loader.files[sample.index]
-            writer.add(self.ids[sample.index], files.photo, leaves.cpu().numpy(), maps.maps(leaves))
+            maps.add(rows, logits[0])
         violated, pixels = (meters[0].violations - before).tolist()
         rate = violated / pairs if (pairs := pixels * len(self.hierarchy.edges)) else None
-        return Counted([matrix.cpu().numpy() for matrix in matrices], rate, tuple(labels.shape))
+        counted = Counted([matrix.cpu().numpy() for matrix in matrices], rate, tuple(labels.shape))
+        return counted, leaves.cpu().numpy(), maps.maps(leaves)
+
+    def _draw(self, index: int, leaves: np.ndarray, maps: report.SmallMaps) -> None:
+        """Per level an indexed PNG, an overlay, and the report's files."""
+        photo = np.asarray(read_photo(self.loader.files[index].photo))  # as the camera took it, not as it was fed
+        folder = self.unfinished / "pictures"
+        try:
+            visualize.write_maps(folder, self.ids[index], photo, leaves, self.hierarchy)
+            report.write_photo(folder / "report", self.ids[index], photo, maps)
+        except OSError as error:
+            raise UserError(f"{folder}: pictures cannot be written ({error.strerror})") from None
 
     @property
     def _is_own(self) -> bool:
@@ -343,38 +354,3 @@ def _identity(folder: Path) -> list | None:
         return None
     keys = "checkpoint_sha256 amp tta tile decode root_bias photos ids_sha256 left_out pictures".split()
     return [*(record.get(key) for key in keys), *record["rules"]]
-
-
-class PictureWriter:
-    """Draws predictions in threads beside the network: per level an indexed PNG, an overlay, and the report's files."""
-
-    WAITING = 16 * 2**20  # pixels of photos that wait to be drawn
-
-    def __init__(self, folder: Path, hierarchy: Hierarchy) -> None:
-        self.folder, self.hierarchy = folder / "pictures", hierarchy
-        self.pool, self.jobs = ThreadPoolExecutor(2), []  # jobs: (future, pixels)
-
-    def __enter__(self) -> "PictureWriter":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            self._collect(0)
-
-    def add(self, sample_id: str, photo: Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
-        self.jobs.append((self.pool.submit(self._draw, sample_id, photo, leaves, maps), leaves.size))
-        self._collect(self.WAITING)
-
-    def _collect(self, allowed: int) -> None:
-        """Waits until at most `allowed` pixels are being drawn; an error while drawing is raised here."""
-        while sum(pixels for _, pixels in self.jobs) > allowed:
-            self.jobs.pop(0)[0].result()
-
-    def _draw(self, sample_id: str, path: Path, leaves: np.ndarray, maps: report.SmallMaps) -> None:
-        photo = np.asarray(read_photo(path))  # as the camera took it, not as the network was fed
-        try:
-            visualize.write_maps(self.folder, sample_id, photo, leaves, self.hierarchy)
-            report.write_photo(self.folder / "report", sample_id, photo, maps)
-        except OSError as error:
-            raise UserError(f"{self.folder}: pictures cannot be written ({error.strerror})") from None

@@ -10,14 +10,13 @@ whole photo.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manage.faults import is_out_of_memory
-from utils.dataset import Sample
 from utils.errors import UserError
 
 WHOLE = 1024 * 2048  # pixels that go through at once
@@ -66,43 +65,6 @@ def logit_rows(
                 raise
         tile = max(SMALLEST_TILE, tile // 2)
     yield from _bands(logits, size)
-
-
-# --- several photos at once ---
-def pixels_at_once(device: torch.device, tta: str = "off", tile: int | None = None, **_) -> int:
-    """Of the photos that go through together: a GPU waits for nothing but the next launch when they go one by one.
-
-    Along other numbers of photos a GPU may round logits otherwise; a CPU gains nothing.
-    """
-    return WHOLE if device.type == "cuda" and tta == "off" and tile is None else 0
-
-
-def of_one_size(samples: Iterable[Sample], stride: int, pixels: int) -> Iterator[list[Sample]]:
-    """Samples whose photos, padded to the stride, have one size and at most `pixels` together; each one alone for 0."""
-    waiting: dict[tuple[int, int], list[Sample]] = {}
-    for sample in samples:
-        padded = tuple(-(-side // stride) * stride for side in sample.image.shape[-2:])
-        group = waiting.setdefault(padded, [])
-        group.append(sample)
-        if (len(group) + 1) * padded[0] * padded[1] > pixels:
-            yield waiting.pop(padded)
-    yield from waiting.values()
-
-
-def rows_of_each(network: nn.Module, group: Sequence[Sample], amp: str = "off", **how) -> list[Rows]:
-    """`logit_rows` of each photo, at its labels' size; several photos, padded to one size, go through together."""
-    if len(group) > 1:
-        height, width = (max(sample.image.shape[axis] for sample in group) for axis in (1, 2))
-        images = [_padded(sample.image[None].float(), height, width) for sample in group]
-        try:
-            logits = forward(network, torch.cat(images), amp)
-            sizes = [sample.image.shape[1:] for sample in group]
-            parts = [part[:, :h, :w] for part, (h, w) in zip(logits, sizes, strict=True)]
-            return [_bands(part, tuple(sample.labels.shape)) for part, sample in zip(parts, group, strict=True)]
-        except (NotFinite, RuntimeError, MemoryError) as error:  # one by one says which, and finds smaller windows
-            if not isinstance(error, NotFinite) and not is_out_of_memory(error):
-                raise
-    return [logit_rows(network, sample.image, tuple(sample.labels.shape), amp, **how) for sample in group]
 
 
 @contextlib.contextmanager

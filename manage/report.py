@@ -4,16 +4,17 @@
     write_photo(folder, sample_id, photo, maps)               # pictures/report/<id>.jpg and <id>.js
     write_report(folder, scores, lines, hierarchy)            # index.html, once
 
-A page opened from disk may run scripts but not read files. So the maps of each photo lie in a small script of their
-own, which the page runs when that photo comes into view: 1,817 photos open as fast as ten.
+Scores and confusions are plain HTML, written here; report_assets/gallery.js shows the photos. A page opened from disk
+may run scripts but not read files. So the maps of each photo lie in a small script of their own, which the page runs
+when that photo comes into view: 1,817 photos open as fast as ten.
 """
 
 import base64
-import html
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from manage.tables import shown
 from utils.hierarchy import Hierarchy
 from utils.metrics import scores_from_confusion
 
@@ -83,14 +85,8 @@ def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps
     picture = Image.fromarray(photo)
     picture.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BILINEAR)
     picture.save(folder / f"{sample_id}.jpg", quality=80)
-    packed = zlib.compress(b"".join(values.tobytes() for values in maps), level=1)
-    data = {
-        "size": maps.leaves.shape[::-1],
-        "scoreSize": maps.scores.shape[:0:-1],
-        "packed": base64.b64encode(packed).decode(),
-    }
-    script = f"hsegPhoto({json.dumps(sample_id)}, {json.dumps(data)});\n"
-    (folder / f"{sample_id}.js").write_text(script, encoding="ascii")
+    packed = base64.b64encode(zlib.compress(b"".join(values.tobytes() for values in maps), level=1)).decode()
+    (folder / f"{sample_id}.js").write_text(f'hsegMaps("{packed}");\n', encoding="ascii")
 
 
 def photo_line(
@@ -100,50 +96,139 @@ def photo_line(
     size: tuple[int, int],
     hierarchy: Hierarchy,
 ) -> dict[str, Any]:
-    """What the page knows of every photo from the start: scores to sort by, classes to filter by, its size.
+    """What the page knows of every photo from the start: its size, and the values to sort by, as `_sort_keys` has them.
 
     Shape: the first of `matrices` (N, N), the photo's counts of (label, predicted leaf).
     """
-    iou: list[float | None] = [None] * hierarchy.num_nodes
-    truth, predicted = set(), set()
     levels = scores_from_confusion(torch.from_numpy(matrices[0]).long(), hierarchy)["levels"]
-    for level, classes in reversed([*zip(levels, hierarchy.level_classes, strict=True)]):  # the finest level wins
-        counts = np.array(level["confusion"])
-        for i, node in enumerate(classes):
-            iou[node] = _rounded(level["IoU"][hierarchy.names[node]])
-            truth |= {node} if counts[i].any() else set()
-            predicted |= {node} if counts[:, i].any() else set()
-    return {
-        "id": sample_id,
-        "size": shown_size(size)[::-1],
-        "violations": _rounded(violations),
-        "mIoU": [_rounded(level["mIoU"]) for level in levels],
-        "IoU": iou,
-        "truth": sorted(truth),
-        "predicted": sorted(predicted),
-    }
+    iou: dict[str, float | None] = {}
+    for level in reversed(levels):  # the finest level wins
+        iou |= level["IoU"]
+    values = [*(level["mIoU"] for level in levels), violations, *(iou[name] for name in hierarchy.names)]
+    values = [None if value is None else round(value, 5) for value in values]
+    return {"id": sample_id, "size": shown_size(size)[::-1], "values": values}
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 5)
+def _sort_keys(h: Hierarchy) -> list[str]:
+    """What photos can be sorted by, in the order of their values."""
+    return [
+        *(f"mIoU{level + 1}" for level in range(h.num_levels)),
+        "violations",
+        *(f"IoU of {name}" for name in h.names),
+    ]
 
 
+# --- the page ---
 def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, Any]], hierarchy: Hierarchy) -> None:
     """Writes index.html from what scores.json holds and the line of each photo. Raises: OSError."""
+    h, levels = hierarchy, scores["levels"]
     data = {
-        "title": f"{scores['config']['exp_name']}: {scores['checkpoint']}",
-        "scores": scores,
-        "tables": hierarchy.level_tables,
-        "edges": hierarchy.edges,
-        "order": hierarchy.preorder,
+        "nodes": [{"name": name, "colour": colour} for name, colour in zip(h.names, h.colours, strict=True)],
+        "background": sorted(h.background),
+        "paths": h.paths,
+        "order": h.preorder,
+        "levels": [{"name": name, "table": table} for name, table in zip(h.level_names, h.level_tables, strict=True)],
         "photos": photos,
-        "curves": CURVES if (folder / CURVES).is_file() else None,
     }
-    # "<" could end the script element that holds the data, whatever a class or a photo is called
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    template, css, scores_js, gallery_js = (
-        (ASSETS / name).read_text(encoding="utf-8") for name in ("report.html", "report.css", "scores.js", "gallery.js")
-    )
-    parts = {"title": html.escape(data["title"]), "data": text, "css": css, "js": scores_js + gallery_js}
+    files = ["scores.csv", "scores.json", *([CURVES] if (folder / CURVES).is_file() else [])]
+    means = [(f"mIoU{level['level']} · {level['name']}", level["mIoU"]) for level in levels]
+    others = [(name, value) for name, value in scores["scores"].items() if not name.startswith("mIoU")]
+    totals = [(_value(name, value), escape(name.replace("_", " "))) for name, value in means + others]
+    without = ", ".join(h.names[node] for node in sorted(h.background))
+    faults = [f"{sample_id}: {fault}" for sample_id, fault in scores["left_out"].items()]
+    parts = {
+        "title": escape(f"{scores['config']['exp_name']}: {scores['checkpoint']}"),
+        "subtitle": escape(_subtitle(scores, len(photos))),
+        "links": " · ".join(f'<a href="{file}">{Path(file).name}</a>' for file in files),
+        "experiment": escape(scores["config"]["exp_name"]),
+        "totals": "".join(f'<div class="total"><b>{value}</b><span>{name}</span></div>' for value, name in totals),
+        "means": escape(f"The mean leaves {without} out.") if without else "",
+        "scores": "".join(_score_table(level, h) for level in levels),
+        "rules": _rules_table(scores["rules"]),
+        "confusion": "".join(_confusion_table(level, h) for level in levels),
+        "legend": "".join(_legend_entry(node, h) for node in h.preorder),
+        "keys": "".join(f'<option value="{i}">{escape(key)}</option>' for i, key in enumerate(_sort_keys(h))),
+        "left_out": "".join(f'<p class="warning">in no score: {escape(fault)}</p>' for fault in faults),
+        "config": escape(json.dumps(scores["config"], indent=2)),
+        "environment": escape(json.dumps(scores["environment"], indent=2)),
+        # "<" could end the script element that holds the data, whatever a class or a photo is called
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "css": (ASSETS / "report.css").read_text(encoding="utf-8"),
+        "js": (ASSETS / "gallery.js").read_text(encoding="utf-8"),
+    }
+    template = (ASSETS / "report.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)  # one pass: data is never a template
     (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def _subtitle(scores: dict[str, Any], n_photos: int) -> str:
+    how = [f"epoch {scores['epoch']}", f"{n_photos:,} photos", f"decoded by {scores['decode']}"]
+    how += [f"root bias of {root} {offset}" for root, offset in scores["root_bias"].items()]
+    how += [f"test-time augmentation {scores['tta']}"] if scores["tta"] != "off" else []
+    return " · ".join([*how, f"tree {scores['tree']['name']}", scores["environment"]["time"]])
+
+
+def _value(name: str, value: float | None) -> str:
+    return shown(name, value).strip().replace(" ", "&nbsp;")  # no line breaks before the sign
+
+
+def _cell(part: float, whole: float) -> str:
+    return f"<td>{100 * part / whole:.1f}</td>" if whole else "<td>–</td>"
+
+
+def _class(node: int, h: Hierarchy) -> str:
+    return f'<span class="swatch" style="background: rgb{h.colours[node]}"></span>{escape(h.names[node])}'
+
+
+def _legend_entry(node: int, h: Hierarchy) -> str:
+    path = h.paths[node]
+    title = escape(" › ".join(h.names[v] for v in path))
+    return f'<span title="{title}">{"›" * (len(path) - 1)}{_class(node, h)}</span>'
+
+
+def _table(kind: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """The first cell of a row as it is to be read; the others are `<td>` elements."""
+    lines = [f"<tr><th>{first}</th>{''.join(cells)}</tr>" for first, *cells in rows]
+    heads = "".join(f"<th><span>{name}</span></th>" for name in head)
+    return f'<table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _panel(level: dict[str, Any], content: str) -> str:
+    return f'<div class="panel"><h3>Level {level["level"]}: {escape(level["name"])}</h3>{content}</div>'
+
+
+def _score_table(level: dict[str, Any], h: Hierarchy) -> str:
+    counts, rows = np.array(level["confusion"]), []
+    for i, name in enumerate(level["classes"]):
+        node = h.names.index(name)
+        hits, truth, predicted = counts[i, i], counts[i].sum(), counts[:, i].sum()
+        width = 100 * (level["IoU"][name] or 0)
+        bar = f'<td><i style="width: {width:.1f}%; background: rgb{h.colours[node]}"></i></td>'
+        shares = ((hits, truth + predicted - hits), (hits, predicted), (hits, truth), (truth, level["pixels"]))
+        rows.append([_class(node, h), bar, *(_cell(part, whole) for part, whole in shares)])
+    means = {"mean": level["mIoU"]} | ({"with background": level["mIoU_with_background"]} if h.background else {})
+    rows += [[name, "<td></td>", _cell(mean or 0, mean is not None)] for name, mean in means.items()]
+    return _panel(level, _table("scores", ("class", "", "IoU", "precision", "recall", "share"), rows))
+
+
+def _rules_table(rules: dict[str, dict[str, float | None]]) -> str:
+    if len(rules) < 2:
+        return ""
+    names = [name for name in next(iter(rules.values())) if not name.endswith("_with_background")]
+    rows = [[rule, *(f"<td>{_value(name, values[name])}</td>" for name in names)] for rule, values in rules.items()]
+    table = _table("scores", ["", *(escape(name.replace("_", " ")) for name in names)], rows)
+    return f'<h3>Decoding rules</h3><div class="panel">{table}</div>'
+
+
+def _confusion_table(level: dict[str, Any], h: Hierarchy) -> str:
+    """Each cell the share of the row's true class, in percent."""
+    names, rows = level["classes"], []
+    for name, row in zip(names, level["confusion"], strict=True):
+        cells = []
+        for other, count in zip(names, row, strict=True):
+            share = count / sum(row) if any(row) else 0
+            style = f"background: rgb(11 98 164 / {100 * share:.0f}%); color: {'#fff' if share > 0.55 else 'inherit'}"
+            title = escape(f"{name} predicted as {other}: {count:,} pixels")
+            cells.append(_cell(count, sum(row)).replace("<td", f'<td title="{title}" style="{style}"'))
+        rows.append([_class(h.names.index(name), h), *cells])
+    return _panel(level, _table("confusion", ["", *map(escape, names)], rows))

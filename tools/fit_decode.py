@@ -1,7 +1,7 @@
 """Fits root_bias: an offset for each root of the tree, added to its leaves before the best is taken.
 
     python tools/fit_decode.py --cfg configs/quickstart.json
-    python tools/fit_decode.py --cfg F --checkpoint best --decode prob_sum --target mIoU1 --photos 200
+    python tools/fit_decode.py --cfg F --checkpoint best --decode prob_sum --target mIoU1 --photos 200 seed=1
 
 mIoU without background rewards a guess at a body part, so a rule that is best for pixel accuracy need not be best
 for it. The offset is fitted on train photos, never on val: three quarters of a seeded sample are fitted, the last
@@ -18,7 +18,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,14 +30,15 @@ from torch import Tensor
 
 from configs.config import DECODE_RULES, Config, load_config, parse_overrides
 from manage.checkpoint import find_checkpoint, load_checkpoint, pack
-from manage.data import Tolerance, check_data, read_split, val_loader
-from manage.evaluation_manager import predictions
+from manage.data import check_data, read_split
 from manage.predictor import Predictor
 from utils.cli import progress, run_main
+from utils.dataset import find_samples
 from utils.decode import leaf_bias, leaf_scores
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
+from utils.images import read_labels
 from utils.metrics import confusion, scores_from_confusion
 
 UNITS = {"prob_sum": 0.2, "prob_mean": 0.1}  # a coarse step, in the unit of the rule's score; of logits it is 1
@@ -78,33 +78,24 @@ def fit(pixels: Pixels, target: str, unit: float, h: Hierarchy) -> Tensor:
     return bias
 
 
-def sample(predictor: Predictor, config: Config, ids: list[str], seed: int) -> Iterator[Pixels]:
-    """A random part of each photo's labelled pixels."""
-    h, generator = predictor.hierarchy, torch.Generator().manual_seed(seed)
-    config = replace(config, short_side=predictor.config.short_side)
-    loader, tolerance = val_loader(config, h, ids), Tolerance(config.skip_unreadable, ids)
-    with torch.inference_mode(), progress(total=len(loader), desc="predict", unit="photo") as bar:
-        how = {"amp": config.amp}
-        for photo, bands in predictions(predictor.network, loader, predictor.device, tolerance, how, bar):
-            labels = photo.labels.flatten().cpu()
-            known = (labels != h.ignore_index).nonzero().flatten()
-            chosen = known[torch.randperm(len(known), generator=generator)[:PIXELS_PER_PHOTO]].sort().values
-            width, parts = photo.labels.shape[1], []
-            for rows, logits in bands:
-                inside = chosen[(chosen >= rows.start * width) & (chosen < rows.stop * width)] - rows.start * width
-                parts.append(logits[0].flatten(1)[:, inside.to(logits.device)].cpu())
-            yield labels[chosen], leaf_scores(predictor.decoding.rule, torch.cat(parts, dim=1), h)
+def sample(predictor: Predictor, config: Config, n_photos: int) -> Iterator[Pixels]:
+    """A random part of the labelled pixels of each of a seeded sample of train photos.
 
-
-def choose_ids(config: Config, n_photos: int, seed: int) -> list[str]:
-    """A seeded sample of train ids. Raises: UserError when there are too few, or one is in val."""
+    Raises: UserError when there are too few, or one is in val.
+    """
+    h, generator = predictor.hierarchy, torch.Generator().manual_seed(config.seed)
     train = read_split(config, "train")
     if shared := {*train} & {*read_split(config, "val")}:
         raise UserError(f"{len(shared)} train ids are in val, too; an offset fitted on val photos spoils their scores")
     if min(n_photos, len(train)) < 4:
         raise UserError(f"{min(n_photos, len(train))} photos are too few to fit and to check; expected at least 4")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n_photos]
-    return [train[i] for i in order.tolist()]
+    ids = [train[i] for i in torch.randperm(len(train), generator=generator)[:n_photos].tolist()]
+    for file in progress(find_samples(ids, config.images_dir, config.labels_dir), desc="predict", unit="photo"):
+        labels = torch.from_numpy(read_labels(file.labels)).flatten()
+        known = (labels != h.ignore_index).nonzero().flatten()
+        chosen = known[torch.randperm(len(known), generator=generator)[:PIXELS_PER_PHOTO]]
+        logits = predictor.predict_file(file.photo).logits.flatten(1)[:, chosen].float()
+        yield labels[chosen], leaf_scores(predictor.decoding.rule, logits, h)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -114,42 +105,31 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--decode", choices=DECODE_RULES, help="the rule to fit (default: the checkpoint's own)")
     parser.add_argument("--target", default="mIoU1", help="score to maximise (default mIoU1)")
     parser.add_argument("--photos", type=int, default=200, metavar="N", help="train photos to use (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of photos and pixels (default 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier fitted copy")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for this run")
     return parser.parse_intermixed_args()
-
-
-def check_target(target: str, h: Hierarchy) -> None:
-    of_nothing = scores_from_confusion(torch.zeros(h.num_nodes, h.num_nodes, dtype=torch.int64), h)
-    names = [name for name in of_nothing if name.startswith(("mIoU", "pixel"))]
-    if target not in names:
-        raise UserError(f"--target {target}: expected one of {', '.join(names)}")
-    if len(h.roots) < 2:
-        raise UserError(f"the tree {h.name!r} has one root, so an offset per root changes nothing")
 
 
 def main() -> None:
     arguments = read_arguments()
     config, given = load_config(arguments.cfg, arguments.overrides), parse_overrides(arguments.overrides)
     path = find_checkpoint(arguments.checkpoint, config.checkpoints_dir, config.root)
-    predictor = Predictor.load(path, config.device, decode=arguments.decode or given.get("decode"), root_bias={})
+    rule = arguments.decode or given.get("decode")
+    predictor = Predictor.load(path, config.device, decode=rule, root_bias={}, tta="off")
     h, rule, target = predictor.hierarchy, predictor.decoding.rule, arguments.target
-    check_target(target, h)
+    targets = [*(f"mIoU{level + 1}" for level in range(h.num_levels)), "pixel_accuracy"]
+    if target not in targets:
+        raise UserError(f"--target {target}: expected one of {', '.join(targets)}")
     fitted = path.parent / "fitted" / f"{path.stem}_{rule}.pt"  # not beside it, where a resume looks for checkpoints
-    if fitted.exists() and not arguments.overwrite:
-        raise UserError(f"{fitted} exists already; give --overwrite to fit again")
+    if fitted.exists():
+        raise UserError(f"{fitted} exists already; move it away to fit again")
     check_data(config, h)
-    parts = list(sample(predictor, config, choose_ids(config, arguments.photos, arguments.seed), arguments.seed))
+    parts = list(sample(predictor, config, arguments.photos))
     split = 3 * len(parts) // 4
     used, held_out = (
         tuple(torch.cat(x, dim=-1) for x in zip(*part, strict=True)) for part in (parts[:split], parts[split:])
     )
     offsets, none = fit(used, target, UNITS.get(rule, 1.0), h), torch.zeros(len(h.roots))
-    for name, pixels in (
-        (f"the {split} train photos that were fitted", used),
-        (f"{len(parts) - split} others", held_out),
-    ):
+    for name, pixels in ((f"the {split} train photos fitted", used), (f"{len(parts) - split} others", held_out)):
         before, after = value(pixels, none, target, h), value(pixels, offsets, target, h)
         print(f"{target} on {name}: {100 * before:.2f} % -> {100 * after:.2f} %")
     if after <= before:
@@ -163,15 +143,10 @@ def main() -> None:
         write_whole(pack(state), fitted)
     except OSError as error:
         raise UserError(f"{fitted}: cannot be written ({error.strerror})") from None
-    command = [
-        "python",
-        "evaluate.py",
-        *(["--cfg", arguments.cfg] if arguments.cfg else []),
-        "--checkpoint",
-        str(fitted),
-    ]
+    cfg = ["--cfg", arguments.cfg] if arguments.cfg else []
     others = [word for word in arguments.overrides if word.partition("=")[0] not in ("decode", "root_bias")]
-    print(f"wrote {fitted}, with {rule} and root_bias {bias}; to score it on val:\n  {shlex.join([*command, *others])}")
+    command = shlex.join(["python", "evaluate.py", *cfg, "--checkpoint", str(fitted), *others])
+    print(f"wrote {fitted}, with {rule} and root_bias {bias}; to score it on val:\n  {command}")
 
 
 if __name__ == "__main__":
