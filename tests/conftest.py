@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.make_sample_data import Settings, make_data_set
-from utils.encoder import encode_folder
+from utils.encoder import Encoder
 from utils.hierarchy import Hierarchy
 
 REPO = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def sample_data(tmp_path_factory, tree) -> Path:
     """Ten drawn photos, 64 pixels high or wide, with their encoding; to be read only."""
     folder = tmp_path_factory.mktemp("data") / "sample"
     make_data_set(SAMPLE, folder)
-    encode_folder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", tree)
+    Encoder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", tree).run()
     return folder
 
 

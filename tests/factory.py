@@ -38,7 +38,7 @@ TINY = {
 
 def make_data(folder: Path, train: int = 8, val: int = 3, seed: int = 0) -> Path:
     """Photos of noise over blocks of labels, and their encoding."""
-    from utils.encoder import encode_folder
+    from utils.encoder import Encoder
     from utils.hierarchy import Hierarchy
 
     generator = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def make_data(folder: Path, train: int = 8, val: int = 3, seed: int = 0) -> Path
         Image.fromarray(labels).save(folder / "gt_masks" / f"{name}.png")
     (folder / "train_id.txt").write_text("\n".join(names[:train]) + "\n")
     (folder / "val_id.txt").write_text("\n".join(names[train:]) + "\n")
-    encode_folder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", Hierarchy.load(TREE))
+    Encoder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", Hierarchy.load(TREE)).run()
     return folder
 
 

@@ -32,7 +32,7 @@ from tests.factory import TREE, make_data, write_config
 from tests.preloaded import SlimEncoder
 from utils.dataset import Files, Photos, find_samples
 from utils.decode import DECODERS
-from utils.encoder import encode_folder
+from utils.encoder import Encoder
 from utils.encoding import load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -176,7 +176,7 @@ class Workshop:
 
         def use() -> None:
             try:
-                encode_folder(path.parent, photo.parent, encoded, self.hierarchy)
+                Encoder(path.parent, photo.parent, encoded, self.hierarchy).run()
             except UserError:
                 assert not list(encoded.glob("*.png")), "left by a refused case"
                 raise

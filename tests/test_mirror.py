@@ -15,7 +15,7 @@ from manage.predictor import Predictor
 from tests.factory import write_config
 from tests.reference import tree_of
 from tests.test_predict import noise, write_checkpoint
-from utils.encoder import encode_folder
+from utils.encoder import Encoder
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
@@ -48,7 +48,7 @@ def train(tmp_path):
         path = tmp_path / "tree.json"
         path.write_text(json.dumps(tree(mirrors)))
         h, data = Hierarchy.load(path), tmp_path / "data"
-        encode_folder(data / "gt_masks", data / "JPEGImages", data / "gt_masks_hie", h)
+        Encoder(data / "gt_masks", data / "JPEGImages", data / "gt_masks_hie", h).run()
         keys = {"hierarchy": str(path), "crop_size": 64, "scale_jitter": None, "hflip": 0.5} | keys
         return train_loader(load_config(write_config(tmp_path, data, **keys)), h, 0, 1)[0]
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import Config, load_config
 from utils.cli import run_main
-from utils.encoder import Wishes, encode_folder
+from utils.encoder import Encoder
 from utils.encoding import load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -36,11 +36,8 @@ def read_arguments() -> tuple[argparse.Namespace, Config]:
     add("--cfg", metavar="F", help="config that says where the data is (default: that of config.py)")
     add("--gtdatadir", type=Path, metavar="D", help=f"masks (default: {MASKS} in the data folder)")
     add("--save_dir", type=Path, metavar="D", help="encoded masks (default: gt_dir of the config)")
-    add("--imgdir", type=Path, metavar="D", help="photos (default: img_dir of the config)")
     add("--classes", type=Path, metavar="F", help=f"what the values mean (default: {CLASSES} by the masks)")
     add("--assume-order", action="store_true", help="there is no list of classes; the values are the tree's ids")
-    add("--by", choices=("auto", "index", "colour"), default="auto", help="what counts in an indexed PNG")
-    add("--ending", default="", metavar="E", help="what follows the id in a mask's name, such as _gtFine_labelTrainIds")
     add("--skip-faulty", action="store_true", help="leave out what cannot be encoded, even if a list names it")
     add("--split", metavar="S", help="write id lists where there are none: a share of val (0.1), or 'folders'")
     add("--seed", type=int, default=0, help="of a drawn split (default 0)")
@@ -52,7 +49,6 @@ def read_arguments() -> tuple[argparse.Namespace, Config]:
         config.root_data_dir = str(args.gtdatadir.resolve().parent)
     args.gtdatadir = args.gtdatadir or config.data_dir / MASKS
     args.save_dir = args.save_dir or config.labels_dir
-    args.imgdir = args.imgdir or config.images_dir
     return args, config
 
 
@@ -69,14 +65,6 @@ def find_classes(args: argparse.Namespace) -> Path | None:
             "'name: value' for each class; or, if you are sure that they are the tree's ids, give --assume-order"
         )
     return found
-
-
-def read_lists(config: Config, split: str | None) -> set[str] | None:
-    """The ids of both lists, None where there are none. Raises: UserError where --split finds one of them alone."""
-    there = [path for path in (config.ids_file("train"), config.ids_file("val")) if path.is_file()]
-    if len(there) == 1 and split:
-        raise UserError(f"{there[0]} is there without the other list; give both, or none for --split")
-    return {sample_id for path in there for sample_id in read_ids(path)} if there else None
 
 
 def write_lists(config: Config, split: str, seed: int, sources: dict[str, str]) -> None:
@@ -106,16 +94,17 @@ def main() -> None:
             "sample data: python tools/make_sample_data.py"
         )
     save_dir = args.save_dir.resolve()
-    if {args.gtdatadir.resolve(), args.imgdir.resolve()} & {save_dir, *save_dir.parents}:
+    if {args.gtdatadir.resolve(), config.images_dir.resolve()} & {save_dir, *save_dir.parents}:
         raise UserError(f"--save_dir {args.save_dir} is where the masks or photos are; choose another folder")
     hierarchy = Hierarchy.load(config.hierarchy_file)
     path = find_classes(args)
     classes = read_classes(path, hierarchy.names) if path else None
     for warning in warnings_of(hierarchy, classes):
         print(f"warning: {warning}", file=sys.stderr)
-    ids = read_lists(config, args.split)
-    wishes = Wishes(classes, args.by, args.ending, config.obey_exif, ids, args.skip_faulty)
-    changed = encode_folder(args.gtdatadir, args.imgdir, args.save_dir, hierarchy, wishes)
+    lists = [path for path in (config.ids_file("train"), config.ids_file("val")) if path.is_file()]
+    ids = {sample_id for path in lists for sample_id in read_ids(path)} if lists else None
+    places = args.gtdatadir, config.images_dir, args.save_dir
+    changed = Encoder(*places, hierarchy, classes, config.obey_exif, ids, args.skip_faulty).run()
     encoding = load_encoding(args.save_dir, hierarchy)
 
     total = max(sum(encoding.labelled) + encoding.ignored, 1)
@@ -123,7 +112,9 @@ def main() -> None:
     for name, pixels, photos in zip(hierarchy.names, encoding.pixels, encoding.photos, strict=True):
         print(f"{name:<24}{100 * pixels / total:>12.2f}{photos:>9}")
     print(f"{args.save_dir}: {len(encoding.files)} masks, {changed} of them new or changed")
-    if ids is None and args.split:
+    if args.split and lists:
+        print(f"no split is drawn: {lists[0]} is there already")
+    elif args.split:
         write_lists(config, args.split, args.seed, {i: record["source"] for i, record in encoding.files.items()})
 
 

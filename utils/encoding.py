@@ -1,5 +1,6 @@
 """encoding.json: what the label maps of a data set hold, and whether they are still those of its masks."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection
@@ -7,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.encoder import FORMAT, KEYS, RECORD, is_same
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
 
+RECORD, FORMAT = "encoding.json", 3
+KEYS = {"source", "photo", "bytes", "mtime_ns", "sha256", "encoded_bytes", "note", "counts"}  # of each mask
 AGAIN = "run: python tools/dataset_hie_enc.py (with the --cfg of this experiment)"
 
 
@@ -40,11 +42,15 @@ def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
         raise UserError(f"{path} does not exist: the masks are not encoded yet; {AGAIN}")
     try:
         record = read_json(path)
-        if record["format"] != FORMAT:
-            raise UserError(f"{path} is of format {record['format']}, this program reads {FORMAT}; {AGAIN}")
-        if not record["complete"]:
-            raise UserError(f"{path} says that encoding did not come to its end; {AGAIN}")
-        _check_tree(Hierarchy.from_dict(record["hierarchy"], str(path)), hierarchy, path)
+        if record["format"] != FORMAT or not record["complete"]:
+            raise UserError(f"{path} is of another format, or encoding did not come to its end; {AGAIN}")
+        theirs = Hierarchy.from_dict(record["hierarchy"], str(path))
+        if theirs.fingerprint != hierarchy.fingerprint or theirs.ignore_index != hierarchy.ignore_index:
+            made, used = (f"'{h.name}' ({h.num_nodes} nodes, void {h.ignore_index})" for h in (theirs, hierarchy))
+            raise UserError(
+                f"{path} was made with the tree {made}, this experiment uses {used}: their ids, names or parents "
+                f"differ; {AGAIN}, or choose the tree it was made with"
+            )
         if any(KEYS - old.keys() for old in record["files"].values()):
             raise KeyError("files")
         return Encoding(
@@ -57,15 +63,6 @@ def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
-
-
-def _check_tree(theirs: Hierarchy, ours: Hierarchy, path: Path) -> None:
-    if theirs.fingerprint != ours.fingerprint or theirs.ignore_index != ours.ignore_index:
-        theirs, ours = (f"'{h.name}' ({h.num_nodes} nodes, ignore_index {h.ignore_index})" for h in (theirs, ours))
-        raise UserError(
-            f"{path} was made with the tree {theirs}, this experiment uses {ours}: their ids, names or parents differ; "
-            f"{AGAIN}, or choose the tree it was made with"
-        )
 
 
 def _totals(files: dict[str, dict[str, Any]], hierarchy: Hierarchy) -> dict[str, Any]:
@@ -88,8 +85,7 @@ def check_encoded(
 ) -> None:
     """Holds ids (of the list `source`) against what was encoded, and their masks against what these were then.
 
-    Size and time are compared, and the content only where the time alone differs: a copy is no change. A folder of
-    masks that is gone as a whole is let pass. So many ids are tolerated that encoding left out (--skip-faulty).
+    A folder of masks that is gone as a whole is let pass. So many ids are tolerated that --skip-faulty left out.
 
     Raises: UserError for ids without a label map, masks that have changed or are gone, EXIF read otherwise.
     """
@@ -97,28 +93,39 @@ def check_encoded(
         raise UserError(f"key 'obey_exif': is {obey_exif}, the masks were encoded with {encoding.obey_exif}; {AGAIN}")
     unknown = [sample_id for sample_id in ids if sample_id not in encoding.files]
     skipped = [sample_id for sample_id in unknown if sample_id in encoding.skipped]
-    if unknown and (len(skipped) < len(unknown) or len(skipped) > tolerate):
+    if len(unknown) > (tolerate if skipped == unknown else 0):
         first = (skipped or unknown)[0]
-        without = f"; or set skip_unreadable to {len(skipped)}, to go on without them" if skipped == unknown else ""
         raise UserError(
             f"{source}: {len(unknown)} of {len(ids)} ids have no label map in {encoding.folder} (the first: {first}; "
             f"when it was encoded, {encoding.skipped.get(first, 'it had no mask')}). Mend their masks and encode "
             "again: python tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the "
-            f"list, which holds one id a line and nothing else{without}"
+            "list; or, where --skip-faulty left them out, let skip_unreadable allow as many"
         )
     if not encoding.masks_dir.is_dir():
         return
-    known = {sample_id: encoding.files[sample_id] for sample_id in ids if sample_id in encoding.files}
-    if stale := {i: change for i, old in known.items() if (change := _change(encoding.masks_dir, old))}:
-        first = next(iter(stale))
+    stale = [i for i in ids if i in encoding.files and not is_same(encoding.masks_dir, encoding.files[i])]
+    if stale:
         raise UserError(
-            f"{len(stale)} masks in {encoding.masks_dir} are not those that were encoded (the first: that of {first} "
-            f"{stale[first]}); {AGAIN}"
+            f"{len(stale)} masks in {encoding.masks_dir} are not those that were encoded (the first: that of "
+            f"{stale[0]} has changed or is gone); {AGAIN}"
         )
 
 
-def _change(masks_dir: Path, old: dict[str, Any]) -> str:
-    try:  # joined as text: a Path would take longer than the look at the disk
-        return "" if is_same(os.path.join(masks_dir, old["source"]), old) else "has changed"
+def is_same(masks_dir: Path, old: dict[str, Any]) -> bool:
+    """Whether a mask is what it was by size and time, or else by its content: a copy is no change."""
+    mask = os.path.join(masks_dir, old["source"])  # a Path would take longer than the look at the disk
+    try:
+        now = stamp(mask)
+        is_untouched = now["mtime_ns"] == old["mtime_ns"]
+        return now["bytes"] == old["bytes"] and (is_untouched or sha256(mask) == old["sha256"])
     except OSError:
-        return "is gone"
+        return False
+
+
+def stamp(path: str | Path) -> dict[str, int]:
+    stat = os.stat(path)
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,6 +1,5 @@
 """Which file belongs to which id: id lists, and the photos of a folder or of the folders below it."""
 
-import os
 import random
 import re
 import unicodedata
@@ -23,10 +22,8 @@ def read_ids(path: str | Path) -> list[str]:
     """
     try:
         text = read_text(path)
-    except FileNotFoundError:
-        raise UserError(f"the id file {path} does not exist; it should hold one photo id a line") from None
     except (OSError, UnicodeError) as error:
-        raise UserError(f"the id file {path} cannot be read as text: {error}; save it as UTF-8") from error
+        raise UserError(f"the id file {path} cannot be read as text: {error}; expected one id a line, UTF-8") from error
     line_of: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         sample_id = same_form(line.strip())
@@ -53,11 +50,7 @@ def write_ids(ids: Iterable[str], path: str | Path) -> None:
 def read_text(path: str | Path) -> str:
     """A text that people wrote: UTF-8, or UTF-16 as Windows writes it. Raises: OSError, UnicodeError."""
     data = Path(path).read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16")
-    if b"\0" in data[:2]:  # UTF-16 without its mark
-        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le")
-    return data.decode("utf-8-sig")
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def same_form(name: str) -> str:
@@ -110,15 +103,8 @@ def files_below(folder: str | Path, suffixes: Sequence[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist")
-    found, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(here) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        kept = (name for name in sorted(names) if name[0] != "." and name.lower().endswith(tuple(suffixes)))
-        found += [Path(here, name) for name in kept]
-        if here == str(folder) and found:
-            break
-    return found
+    for paths in (folder.glob("*"), folder.rglob("*")):
+        found = (path for path in paths if path.suffix.lower() in suffixes)
+        if kept := sorted(path for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"):
+            return kept  # none of the hidden ones
+    return []

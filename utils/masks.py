@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -20,28 +19,26 @@ ENDING = re.compile(rf"(?:_gtFine|_gtCoarse)?_({'|'.join(KINDS)})$")
 VOID = "void"
 VOID_NAMES = {VOID, "ignore", "unlabelled", "unlabeled"}
 BACKGROUND = VOID_NAMES | {"background", "bg", "backdrop", "nothing", "none"}
-ALIASES = {"bg": "background"}
 LARGEST = 65535
-_VALUE = r"(?:\d+|#[0-9a-fA-F]{6}|\*)"
+VALUE = r"(?:\d+\b|#[0-9a-f]{6}\b|\*)"
+VALUE_FIRST = re.compile(rf"({VALUE})[\s:=,;]+(\D.*)", re.IGNORECASE)  # 24: person
+NAME_FIRST = re.compile(rf"([^:=,;]+?)\s*[:=]\s*((?:{VALUE}[\s,;]*)+)", re.IGNORECASE)  # person: 24, 25
 
 
-def find_masks(masks_dir: Path, photos: PhotoFolder, ending: str = "") -> dict[str, list[Path]]:
+def find_masks(masks_dir: Path, photos: PhotoFolder) -> dict[str, list[Path]]:
     """The masks of each id, sorted by id; `<id>_mask`, `<id>_gtFine_labelIds` and the like belong to `<id>`.
-
-    `ending` is what follows the id where that is to be no guess.
 
     Raises: UserError where there is none.
     """
     found: dict[str, dict[int, list[Path]]] = {}
     for path in files_below(masks_dir, MASK_SUFFIXES):
         stem, rank = same_form(path.stem), 0
-        match = None if ending or stem in photos else ENDING.search(stem)
+        match = None if stem in photos else ENDING.search(stem)
         if match and stem[: match.start()] in photos:
             stem, rank = stem[: match.start()], 1 + KINDS.index(match[1])
-        if stem.endswith(ending):
-            found.setdefault(stem.removesuffix(ending), {}).setdefault(rank, []).append(path)
+        found.setdefault(stem, {}).setdefault(rank, []).append(path)
     if not found:
-        raise UserError(f"{masks_dir} holds no mask; expected files that end in {ending}.png or {ending}.npy")
+        raise UserError(f"{masks_dir} holds no mask; expected files that end in {' or '.join(MASK_SUFFIXES)}")
     return {sample_id: ranks[min(ranks)] for sample_id, ranks in sorted(found.items())}
 
 
@@ -60,52 +57,39 @@ def read_classes(path: str | Path, names: Sequence[str]) -> dict[str, str]:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path} cannot be read as text: {error}") from error
-    order: dict[str, str] = {}
-    plain = 0  # lines without a value
-    for line in lines:
-        if not line or line.startswith("#"):  # a comment
-            continue
-        for text, values in _classes_of(line):
-            name = _name_in_tree(text, names, f"{path}: {line!r}")
-            is_repeated = not values and name in order.values()
-            for value in values or [str(plain)]:
-                if is_repeated or value in order or (value.isdigit() and int(value) > LARGEST):
-                    raise UserError(f"{path}: {line!r} repeats a value or a class, or the value is above {LARGEST}")
-                order[value] = name
-            plain += not values
-            if plain and plain != len(order):
-                raise UserError(f"{path}: {line!r} has no value, other lines have; write every line as 'value: name'")
-    if not order:
+    found = [(line, *each) for line in lines if line and line[0] != "#" for each in classes_of(line)]
+    if not found:
         raise UserError(f"{path} is empty; expected lines such as '0: background'")
+    if not any(values for *_, values in found):
+        found = [(line, text, [str(i)]) for i, (line, text, _) in enumerate(found)]
+    order: dict[str, str] = {}
+    for line, text, values in found:
+        name = _name_in_tree(text, names, f"{path}: {line!r}")
+        if not values:
+            raise UserError(f"{path}: {line!r} has no value, other lines have; write every line as 'value: name'")
+        for value in values:
+            value = str(int(value)) if value.isdigit() else value.lower()
+            if value in order or (value.isdigit() and int(value) > LARGEST):
+                raise UserError(f"{path}: {line!r} repeats a value, or it is above {LARGEST}")
+            order[value] = name
     return order
 
 
-def _classes_of(line: str) -> list[tuple[str, list[str]]]:
-    """(name, values) of each class that a line names, values before names or after them; or a plain name."""
-    line = re.sub(rf"^({_VALUE})\s+(?=\D)", r"\1:", line)  # '1 head'
-    parts = list(filter(None, re.split(r"\s*[:=,;]\s*", line)))
-    are_values = [bool(re.fullmatch(rf"{_VALUE}(\s+{_VALUE})*", part)) for part in parts]
-    if not parts or all(are_values):
-        return [(line, [])]
-    found: list[tuple[str, list[str]]] = []
-    for part, is_value in list(zip(parts, are_values, strict=True))[:: -1 if are_values[0] else 1]:
-        if is_value:
-            found[-1][1].extend(str(int(value)) if value.isdigit() else value.lower() for value in part.split())
-        else:
-            found.append((part, []))
-    return found
+def classes_of(line: str) -> list[tuple[str, list[str]]]:
+    """(name, values) of each class that a line names, values before the name or after it; or a plain name."""
+    if match := VALUE_FIRST.fullmatch(line):
+        return [(match[2], [match[1]])]
+    if NAME_FIRST.search(line) and not NAME_FIRST.sub("", line):
+        return [(name.strip(), re.findall(VALUE, values, re.IGNORECASE)) for name, values in NAME_FIRST.findall(line)]
+    return [(line, [])]
 
 
 def _name_in_tree(text: str, names: Sequence[str], where: str) -> str:
     plain = {_plain(name): name for name in reversed(names)}
-    name = _plain(text)
-    for candidate in (name, name.removesuffix("s")):
-        candidate = ALIASES.get(candidate, candidate)
-        if candidate in plain:
-            return plain[candidate]
-        if candidate in VOID_NAMES:
-            return VOID
-    close = difflib.get_close_matches(name, [*names, *ALIASES], n=1)
+    name = "background" if _plain(text) == "bg" and "bg" not in plain else _plain(text)
+    if name in plain or name in VOID_NAMES:
+        return plain.get(name, VOID)
+    close = difflib.get_close_matches(name, names, n=1)
     hint = f", did you mean {close[0]!r}?" if close else ""
     raise UserError(f"{where} names no class of the tree{hint}; known names: {', '.join([*names, VOID])}")
 
@@ -136,23 +120,22 @@ class MaskReader:
     """Reads masks into labels of one tree.
 
     `classes` says what in the tree a value ("24") or a colour ("#dc143c") stands for, "*" being all others; without
-    it the values are the labels. `by` index or colour settles what the palette of an indexed PNG leaves open.
+    it the values are the labels.
     """
 
-    def __init__(self, hierarchy: Hierarchy, classes: Mapping[str, str] | None, by: str = "auto") -> None:
-        self.tree, self.by, self.palette, self.void = hierarchy.name, by, hierarchy.colours, hierarchy.ignore_index
-        label_of = {name: label for label, name in enumerate(hierarchy.names)} | {VOID: self.void}
+    def __init__(self, hierarchy: Hierarchy, classes: Mapping[str, str] | None) -> None:
+        self.tree, void = hierarchy.name, hierarchy.ignore_index
+        label_of = {name: label for label, name in enumerate(hierarchy.names)} | {VOID: void}
         labels = {value: label_of[name] for value, name in (classes or {}).items()}
         self.rest = labels.get("*")  # the label of everything that is not named
 
         values = {int(key): label for key, label in labels.items() if key.isdigit()}
         are_ids = all(value == label for value, label in values.items())  # then so are those that no line names
         # A 255 that nothing explains is void in every family of masks.
-        known = {v: v for v in (*range(hierarchy.num_nodes), self.void)} if are_ids else {255: self.void}
-        self.values = known | values
-        colours = {int(key[1:], 16): label for key, label in labels.items() if key[0] == "#"}
-        ours = dict(zip(_packed(self.palette).tolist(), range(hierarchy.num_nodes), strict=True))
-        self.colours = {int(_packed(VOID_COLOUR)): self.void} | ours | colours
+        self.values = ({v: v for v in (*range(hierarchy.num_nodes), void)} if are_ids else {255: void}) | values
+        self.colours = {int(_packed(VOID_COLOUR)): void}
+        self.colours |= zip(_packed(hierarchy.colours).tolist(), range(hierarchy.num_nodes), strict=True)
+        self.colours |= {int(key[1:], 16): label for key, label in labels.items() if key[0] == "#"}
 
     def read(self, path: Path) -> tuple[np.ndarray, bool]:
         """The labels of a mask, and whether its colours gave them against its values. Shape: (H, W) uint8.
@@ -162,17 +145,17 @@ class MaskReader:
         values, palette = read_values(path)
         if values.ndim == 3:
             return self._looked_up(_packed(values), self.colours, path, "the colour #{:06x}"), False
-        if palette is not None and self.by != "index":
+        if palette is not None:
             coloured = {i: self.colours[c] for i, c in enumerate(_packed(palette).tolist()) if c in self.colours}
-            present = [i for i, count in enumerate(Image.fromarray(values).histogram()) if count]
+            present = np.flatnonzero(np.bincount(values.ravel())).tolist()
             differing = [i for i in present if i in coloured and coloured[i] != self.values.get(i, self.rest)]
-            if self.by == "colour" or (differing and coloured.keys() >= {*present}):
+            if differing and coloured.keys() >= {*present}:
                 return self._looked_up(values, coloured, path, "the colour of index {}"), True
             if differing:
                 raise UserError(
                     f"{path}: index {differing[0]} has the colour of label {coloured[differing[0]]} of the tree "
-                    f"'{self.tree}', other colours are not the tree's: it is open whether its indices or its colours "
-                    "count. Give --by index or --by colour"
+                    f"'{self.tree}', other colours are not the tree's: it is open whether indices or colours count. "
+                    "Save the mask in grey (its indices count) or give it the tree's colours throughout"
                 )
         return self._looked_up(values, self.values, path, "label {}"), False
 

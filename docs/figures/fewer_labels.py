@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configs.config import load_config
 from manage.network import load_hierarchy
 from utils.cli import progress, run_main
-from utils.encoder import Wishes, encode_folder
+from utils.encoder import Encoder
 from utils.encoding import check_encoded, load_encoding
 from utils.errors import UserError
 from utils.ids import read_ids, write_ids
@@ -44,7 +44,7 @@ def main() -> None:
         labels = read_labels(config.labels_dir / f"{sample_id}.png")
         labels = h.level_of(labels, arguments.level - 1) if sample_id in lifted else labels
         write_indexed(masks / f"{sample_id}.png", labels, h.colours)
-    encode_folder(masks, config.images_dir, arguments.out / "labels", h, Wishes(obey_exif=True))  # they are turned
+    Encoder(masks, config.images_dir, arguments.out / "labels", h, obey_exif=True).run()  # they are turned
     write_ids(few, arguments.out / "train_few.txt")
     print(f"{arguments.out}: {len(few)} of {len(train)} train photos keep their leaves")
 
