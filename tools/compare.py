@@ -13,30 +13,28 @@ import argparse
 import base64
 import html
 import json
-import math
+import mimetypes
+import re
 import sys
-from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import markdown
 import numpy as np
 from PIL import Image
 
 from configs.config import DECODE_RULES
-from manage import charts
 from manage.comparison import (
     CONFIDENCE,
     SEVERITY,
     Comparison,
     Experiment,
-    Group,
     compare,
     load_experiment,
     mean_and_spread,
-    unit,
 )
 from manage.predictor import Predictor
 from utils import visualize
@@ -47,12 +45,9 @@ from utils.files import write_json, write_whole
 from utils.images import read_labels, read_photo
 
 PHOTOS = 6  # side by side
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#969696"  # told apart by colour-blind readers
 
-Heading = namedtuple("Heading", "text")
-Items = namedtuple("Items", "sentences")  # plain, one a line
-Table = namedtuple("Table", "header rows")  # the first column names, the others are numbers
-Picture = namedtuple("Picture", "title path")
-Block = Heading | Items | Table | Picture
+Table = list[list[str]]  # rows of cells, the header first; the first column names, the others are numbers
 
 
 def main() -> None:
@@ -71,32 +66,28 @@ def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes
 
     Raises: UserError when `out` cannot be written.
     """
-    scores, differences = score_table(comparison), difference_table(comparison)
-    widths = [max(map(len, column)) for column in zip(scores.header, *scores.rows, strict=True)]
-    for name, *cells in (scores.header, *scores.rows):
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-    for difference in comparison.differences:
-        print(difference.sentence)
-    if not charts.can_draw():
-        print(f"without its chart: {charts.MISSING}")
+    tables = [score_table(comparison)] + ([difference_table(comparison)] if comparison.differences else [])
+    print("\n\n".join(map(to_markdown, tables)))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        blocks = report(comparison, title, notes, out / stem)
-        write_whole(to_html(blocks, title), out / f"{stem}.html")
-        write_whole(to_markdown(blocks), out / f"{stem}.md")
-        write_whole("\n".join(to_latex(table) for table in (scores, differences) if table.rows), out / f"{stem}.tex")
+        text = "\n\n".join(report(comparison, title, notes, out / stem)) + "\n"
+        write_whole(text, out / f"{stem}.md")
+        write_whole(to_html(text, title, out), out / f"{stem}.html")
+        write_whole("\n".join(map(to_latex, tables)), out / f"{stem}.tex")
         write_json(to_record(comparison) | {"notes": list(notes)}, out / f"{stem}.json")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     print(f"wrote {out / stem}.html, .md, .tex and .json")
 
 
-def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path) -> list[Block]:
-    """The whole report; its pictures are drawn to files whose names begin with `path`."""
-    groups, photos = comparison.groups, len(comparison.experiments[0].ids)
-    seeds = "mean ± standard deviation over seeds" if any(len(g.seeds) > 1 for g in groups) else "one seed"
-    about = f"Percent on {photos:,} whole val photos, {seeds}. mIoU is without background, mistake severity a height."
-    blocks: list[Block] = [Heading(title), Items([*notes, about]), score_table(comparison)]
+def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path) -> list[str]:
+    """The whole report in Markdown, block by block; its pictures are drawn to files whose names begin with `path`."""
+    photos, names = len(comparison.experiments[0].ids), [group.label for group in comparison.groups]
+    about = (
+        f"Percent on {photos:,} whole val photos; mean ± standard deviation where there are several seeds. mIoU is "
+        "without background, mistake severity a height."
+    )
+    blocks = [f"# {title}", "\n".join(f"- {note}" for note in [*notes, about]), to_markdown(score_table(comparison))]
     if comparison.differences:
         method = (
             "Differences in points; those of the severity in heights, where less is better. Intervals are from a "
@@ -104,82 +95,76 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
             f"comparisons together with {CONFIDENCE:.0%} (Holm). Better or worse is said where the interval leaves out "
             f"0, p, adjusted in the same way, is below {1 - CONFIDENCE:.2f}, and all seeds agree in sign."
         )
-        blocks += [Heading("Differences"), *draw_differences(comparison, path), difference_table(comparison)]
-        blocks += [Items([method]), *side_by_side(comparison, path)]
-    for level, name in enumerate(comparison.hierarchy.level_names):
-        blocks += [Heading(f"IoU per class: {name}"), class_table(groups, level)]
-    blocks += [Heading("Decoding rules (mIoU1)"), rule_table(comparison)]
+        blocks += ["## Differences", *draw_differences(comparison, path.with_name(f"{path.name}_differences.png"))]
+        blocks += [to_markdown(difference_table(comparison)), method]
+        blocks += side_by_side(comparison, path.with_name(f"{path.name}_photos.jpg"))
+    for level, name in enumerate(comparison.experiments[0].hierarchy.level_names):
+        ious = {c: ("levels", level, "IoU", c) for c in comparison.experiments[0].record["levels"][level]["IoU"]}
+        rows = [[c, *(mean(comparison, group, place) for group in range(len(names)))] for c, place in ious.items()]
+        blocks += [f"## IoU per class: {name}", to_markdown([["class", *names], *rows])]
+    shared = [r for r in DECODE_RULES if all(r in e.record["rules"] for e in comparison.experiments)]
+    rows = [[name, *(mean(comparison, i, ("rules", r, "mIoU1")) for r in shared)] for i, name in enumerate(names)]
+    blocks += ["## Decoding rules (mIoU1)", to_markdown([["", *shared], *rows])]
     if comparison.differing:
         rows = [[key, *map(json.dumps, values)] for key, values in comparison.differing.items()]
-        blocks += [Heading("What differs in the configs"), Table(["key", *(g.label for g in groups)], rows)]
-    return [*blocks, Heading("Runs"), run_table(comparison)]
+        blocks += ["## What differs in the configs", to_markdown([["key", *names], *rows])]
+    return [*blocks, "## Runs", to_markdown(run_table(comparison.experiments))]
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
+def mean(comparison: Comparison, group: int, place: Sequence[str | int], factor: float = 100) -> str:
+    """`41.20 ± 0.31`, in percent: of what stands at a place of the records of a group."""
+    values = []
+    for experiment in comparison.groups[group].experiments:
+        value = experiment.record
+        for key in place:
+            value = value[key]
+        values.append(value)
+    found = [f"{factor * v:.2f}" for v in mean_and_spread(values) if v == v]  # NaN is not equal to itself
+    return " ± ".join(found) or "-"
+
+
 def score_table(comparison: Comparison) -> Table:
     """All scores; in percent, but that mistakes are as severe as they are high up the tree."""
     names = list(comparison.experiments[0].record["scores"])
-    titles = [name.replace("_with_background", " with bg").replace("_", " ") for name in names]
-    rows = []
-    for group in comparison.groups:
-        scores = [_mean(group.values(name), unit(name)) for name in names]
-        rows.append([group.label, str(len(group.seeds)), group.experiments[0].config["decode"], *scores])
-    return Table(["", "seeds", "decoded by", *titles], rows)
+    rows = [["", "seeds", "decoded by", *(n.replace("_with_background", " with bg").replace("_", " ") for n in names)]]
+    for i, group in enumerate(comparison.groups):
+        scores = [mean(comparison, i, ("scores", name), 1 if name == SEVERITY else 100) for name in names]
+        rows.append([group.label, str(len(group.experiments)), group.experiments[0].config["decode"], *scores])
+    return rows
 
 
 def difference_table(comparison: Comparison) -> Table:
-    rows = []
+    names = comparison.experiments[0].hierarchy.level_names
+    titles = {f"mIoU{level}": f"mIoU{level} ({name})" for level, name in enumerate(names, start=1)}
+    rows = [["", "against", "score", "difference", "interval over photos", "each seed", "p (Holm)", "verdict"]]
     for d in comparison.differences:
-        between = f"{d.shown(d.low)} to {d.shown(d.high)}"
-        per_seed = ", ".join(map(d.shown, d.by_seed.values())) or "-"
-        rows.append([d.second, d.first, d.title, d.shown(d.value), between, per_seed, f"{d.p:.2g}", d.verdict])
-    header = ["", "against", "score", "difference", "interval over photos", "each seed", "p (Holm)", "verdict"]
-    return Table(header, rows)
+        value, low, high, *seeds = (
+            f"{v:+.3f}" if d.score == SEVERITY else f"{100 * v:+.2f}"
+            for v in (d.value, d.low, d.high, *d.by_seed.values())
+        )
+        numbers = [value, f"{low} to {high}", ", ".join(seeds) or "-", f"{d.p:.2g}"]
+        rows.append([d.second, d.first, titles.get(d.score, "severity"), *numbers, d.verdict])
+    return rows
 
 
-def class_table(groups: Sequence[Group], level: int) -> Table:
-    rows = []
-    for name in groups[0].experiments[0].record["levels"][level]["IoU"]:
-        values = [[e.record["levels"][level]["IoU"][name] for e in group.experiments] for group in groups]
-        rows.append([name, *map(_mean, values)])
-    return Table(["class", *(group.label for group in groups)], rows)
-
-
-def rule_table(comparison: Comparison) -> Table:
-    """mIoU1 of each group under each decoding rule that all were scored with."""
-    shared = [r for r in DECODE_RULES if all(r in e.record["rules"] for e in comparison.experiments)]
-    rows = []
-    for group in comparison.groups:
-        values = [[e.record["rules"][rule]["mIoU1"] for e in group.experiments] for rule in shared]
-        rows.append([group.label, *map(_mean, values)])
-    return Table(["", *shared], rows)
-
-
-def run_table(comparison: Comparison) -> Table:
-    rows = []
-    for e in comparison.experiments:
-        seconds = e.curves[-1].get("train_seconds") if e.curves else None
-        minutes = "-" if seconds is None else f"{seconds / 60:.1f}"
+def run_table(experiments: Sequence[Experiment]) -> Table:
+    rows = [["run", "seed", "epoch", "commit", "hardware"]]
+    for e in experiments:
         epoch = f"{e.record['epoch']} of {e.config['n_epochs']}"
-        rows.append([e.name, str(e.seed), epoch, minutes, e.said("commit"), e.said("hardware")])
-    return Table(["run", "seed", "epoch", "train minutes", "commit", "hardware"], rows)
-
-
-def _mean(values: Sequence[float | None], factor: float = 100) -> str:
-    """`41.20 ± 0.31`, in percent."""
-    mean, spread = (None if v is None else f"{factor * v:.2f}" for v in mean_and_spread(values))
-    return "-" if mean is None else mean if spread is None else f"{mean} ± {spread}"
+        rows.append([e.name, str(e.config["seed"]), epoch, e.said("commit"), e.said("hardware")])
+    return rows
 
 
 def to_record(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON types; scores in [0, 1]."""
-    differences = [vars(d) | {"verdict": d.verdict, "sentence": d.sentence} for d in comparison.differences]
+    differences = [vars(d) | {"verdict": d.verdict} for d in comparison.differences]
     differences = [{k: None if v != v else v for k, v in record.items()} for record in differences]  # NaN is no JSON
     groups = {
         group.label: [
-            {"run": e.name, "seed": e.seed, "commit": e.said("commit")}
+            {"run": e.name, "seed": e.config["seed"], "commit": e.said("commit")}
             | {key: e.record[key] for key in ("decode", "rules", "levels")}
             for e in group.experiments
         ]
@@ -191,23 +176,40 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
 # ---- pictures ----------------------------------------------------------------------------------------------------
 
 
-def draw_differences(comparison: Comparison, path: Path) -> list[Picture]:
-    """Each group against the first at each level: difference, interval over photos, a ring for each seed."""
-    rows: dict[str, list[charts.Interval]] = {}
-    for d in comparison.differences:
-        if d.score != SEVERITY and all(map(math.isfinite, (d.value, d.low, d.high))):
-            value, low, high, *seeds = (100 * v for v in (d.value, d.low, d.high, *d.by_seed.values()))
-            is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1  # one seed may be any seed
-            rows.setdefault(d.title, []).append(charts.Interval(d.second, value, low, high, seeds, is_clear))
-    if not rows or not charts.can_draw():
+def draw_differences(comparison: Comparison, path: Path) -> list[str]:
+    """Each group against the first, a panel a level: difference, interval over photos, a ring for each seed.
+
+    Clear ones are blue right of 0 and orange left of it; one seed may be any seed, so it is never clear.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    except ImportError:
+        print("without its chart, which needs matplotlib: pip install -r requirements-charts.txt")
         return []
-    picture = Picture("differences", path.with_name(f"{path.name}_differences.png"))
-    about = "bar: interval over photos, for all together; ring: one seed; coloured: better or worse, with several seeds"
-    charts.interval_chart(rows, picture.path, f"difference from {comparison.groups[0].label}", about)
-    return [picture]
+    levels = comparison.experiments[0].hierarchy.level_names
+    others = [group.label for group in comparison.groups[1:]]
+    figure = Figure(figsize=(9, 1.3 + len(levels) * (0.3 * len(others) + 0.3)), layout="constrained")
+    panels = figure.subplots(len(levels), sharex=True, squeeze=False)[:, 0]
+    for level, (axes, name) in enumerate(zip(panels, levels, strict=True), start=1):
+        for y, d in enumerate(d for d in comparison.differences if d.score == f"mIoU{level}"):
+            is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1
+            colour = GREY if not is_clear else BLUE if d.value > 0 else ORANGE
+            axes.plot([100 * d.low, 100 * d.high], [y, y], color=colour, linewidth=4, solid_capstyle="butt")
+            rings = [100 * value for value in d.by_seed.values()]
+            axes.plot(rings, [y] * len(rings), "o", color="white", markeredgecolor=colour, markersize=5)
+            axes.plot(100 * d.value, y, "o", color=colour, markeredgecolor="white", markersize=9)
+        axes.axvline(0, color="#696969", linewidth=1)
+        axes.set_yticks(range(len(others)), others)
+        axes.set_ylim(len(others) - 0.4, -0.6)
+        axes.set_title(f"mIoU{level} ({name})", loc="left", fontsize="medium")
+        axes.grid(axis="x", color="#e4e4e4")
+    figure.suptitle(f"difference from {comparison.groups[0].label} in points", x=0.01, ha="left")
+    panels[-1].set_xlabel("bar: interval over photos, for all together; ring: one seed; coloured: better or worse")
+    figure.savefig(path, dpi=130)
+    return [f"![differences]({path.name})"]
 
 
-def side_by_side(comparison: Comparison, path: Path) -> list[Block]:
+def side_by_side(comparison: Comparison, path: Path) -> list[str]:
     """The photos on which the groups' pixel accuracies differ most, each with what every group's first run says."""
     first = [group.experiments[0] for group in comparison.groups]
     hits = np.stack([e.matrices.diagonal(axis1=1, axis2=2).sum(1) for e in first])  # (G, P)
@@ -218,9 +220,8 @@ def side_by_side(comparison: Comparison, path: Path) -> list[Block]:
     except UserError as error:
         print(f"no photos side by side: {error}")
         return []
-    picture = Picture("photos side by side", path.with_name(f"{path.name}_photos.jpg"))
-    Image.fromarray(sheet).save(picture.path, quality=88)
-    return [Heading("Where the networks differ most"), picture]
+    Image.fromarray(sheet).save(path, quality=88)
+    return ["## Where the networks differ most", f"![photos side by side]({path.name})"]
 
 
 def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: Sequence[str]) -> np.ndarray:
@@ -245,31 +246,21 @@ def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: S
 # ---- formats -----------------------------------------------------------------------------------------------------
 
 
-def to_markdown(blocks: Sequence[Block]) -> str:
-    return "\n\n".join(_markdown(block, is_first=number == 0) for number, block in enumerate(blocks)) + "\n"
-
-
-def _markdown(block: Block, is_first: bool) -> str:
-    match block:
-        case Heading(text):
-            return f"{'#' if is_first else '##'} {text}"
-        case Items(sentences):
-            return "\n".join(f"- {sentence}" for sentence in sentences) if len(sentences) > 1 else sentences[0]
-        case Picture(title, path):
-            return f"![{title}]({path.name})"
-        case Table(header, rows):
-            rule = ["---", *["---:"] * (len(header) - 1)]
-            lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def to_markdown(table: Table) -> str:
+    """In columns that a terminal shows well, too."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_latex(table: Table) -> str:
     """For \\usepackage{booktabs}."""
-    escapes = {c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "\\": "\\textbackslash{}"}
-    lines = [" & ".join(cell.translate(str.maketrans(escapes)) for cell in row) for row in (table.header, *table.rows)]
-    columns = f"l{'r' * (len(table.header) - 1)}"
-    body = [lines[0] + " \\\\", "\\midrule", *(f"{line} \\\\" for line in lines[1:])]
-    return "\n".join([f"\\begin{{tabular}}{{{columns}}}", "\\toprule", *body, "\\bottomrule", "\\end{tabular}", ""])
+    escapes = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "\\": "\\textbackslash{}"})
+    head, *body = (" & ".join(cell.translate(escapes) for cell in row) + " \\\\" for row in table)
+    begin = f"\\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
+    return "\n".join([begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}", ""])
 
 
 PAGE = """<!doctype html>
@@ -281,10 +272,9 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }}
 h1, h2 {{ font-weight: 600; line-height: 1.2; }} h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.2rem; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }}
-th {{ color: #555; font-weight: 600; }} th:first-child, td:first-child {{ text-align: left; }}
-tbody tr:hover {{ background: #f6f8fa; }} .better {{ color: #00704f; }} .worse {{ color: #b34700; }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; white-space: nowrap; }}
+th {{ color: #555; font-weight: 600; }} tbody tr:hover {{ background: #f6f8fa; }}
 img {{ max-width: 100%; height: auto; }} li {{ margin: .2rem 0; }}
 </style>
 </head>
@@ -295,31 +285,15 @@ img {{ max-width: 100%; height: auto; }} li {{ margin: .2rem 0; }}
 """
 
 
-def to_html(blocks: Sequence[Block], title: str) -> str:
-    """One file that needs nothing else: pictures are inside."""
-    body = "\n".join(_html(block, is_first=number == 0) for number, block in enumerate(blocks))
-    return PAGE.format(title=html.escape(title), body=body)
+def to_html(text: str, title: str, folder: Path) -> str:
+    """The page of a report, one file that needs no other: the pictures, which lie in `folder`, are inside."""
 
+    def inside(picture: re.Match) -> str:
+        data = base64.b64encode((folder / picture[1]).read_bytes()).decode("ascii")
+        return f'src="data:{mimetypes.guess_type(picture[1])[0]};base64,{data}"'
 
-def _html(block: Block, is_first: bool) -> str:
-    match block:
-        case Heading(text):
-            tag = "h1" if is_first else "h2"
-            return f"<{tag}>{html.escape(text)}</{tag}>"
-        case Items(sentences):
-            return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
-        case Picture(name, path):
-            data, kind = base64.b64encode(path.read_bytes()).decode("ascii"), path.suffix[1:].replace("jpg", "jpeg")
-            return f'<p><img alt="{html.escape(name)}" src="data:image/{kind};base64,{data}"></p>'
-        case Table(header, rows):
-            head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-            lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
-            return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
-
-
-def _cell(text: str) -> str:
-    kind = f' class="{text}"' if text in ("better", "worse") else ""
-    return f"<td{kind}>{html.escape(text)}</td>"
+    body = markdown.markdown(html.escape(text, quote=False), extensions=["tables"])
+    return PAGE.format(title=html.escape(title), body=re.sub(r'src="([^"]+)"', inside, body))
 
 
 if __name__ == "__main__":

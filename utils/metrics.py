@@ -13,7 +13,6 @@ and `ECE_<root>` are expected calibration errors: how far probabilities are from
 the answered leaf over pixels labelled with a leaf, and of each root over all.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,34 +39,42 @@ def confusion(leaf: Tensor, labels: Tensor, h: Hierarchy) -> Tensor:
     return counts.view(n + 1, n)[:n]  # the last row is void
 
 
-def level_confusions(matrix: Tensor, h: Hierarchy) -> list[Tensor]:
-    """The confusion matrix of each level's classes. Shape: (N, N) -> L times (classes, classes), int64."""
-    matrix, results = matrix.cpu(), []
+def level_confusions(matrices: Tensor, h: Hierarchy) -> list[Tensor]:
+    """The confusion matrices of each level's classes. Shape: (..., N, N) -> L times (..., classes, classes)."""
+    results = []
     for table, classes in zip(h.level_tables, h.level_classes, strict=True):
-        members = (torch.tensor(table).unsqueeze(1) == torch.tensor(classes)).long()  # labels above the level: none
-        results.append(members.t() @ matrix @ members)
+        members = torch.tensor(table).unsqueeze(1) == torch.tensor(classes)  # labels above the level: none
+        members = members.to(matrices.dtype)
+        results.append(members.t() @ matrices @ members)
     return results
 
 
-def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
-    """All scores that follow from an (N, N) matrix of counts, as plain JSON types; None where undefined.
+def level_ious(matrices: Tensor, h: Hierarchy) -> list[Tensor]:
+    """TP / (TP + FP + FN) of each level's classes, NaN where that is 0 / 0.
 
-    A class absent from both truth and prediction has no IoU and is left out of the mean. `mIoU1` leaves out the
-    classes that the tree marks as background, `mIoU1_with_background` does not.
+    Shape: (..., N, N) -> L times (..., classes), float64.
     """
-    levels = [_level_scores(counts, level, h) for level, counts in enumerate(level_confusions(matrix, h))]
-    scores: dict[str, Any] = {}
-    for level in levels:
-        scores[f"mIoU{level['level']}"] = level["mIoU"]
-        scores[f"mIoU{level['level']}_with_background"] = level["mIoU_with_background"]
-    heights, matrix = h.cached("severities", "cpu", torch.int64, lambda: severities(h)), matrix.cpu()
-    wrong = int(matrix[heights > 0].sum())
-    scores["pixel_accuracy"] = levels[0]["pixel_accuracy"]
-    scores["mistake_severity"] = int((matrix * heights).sum()) / wrong if wrong else None
-    return scores | {"levels": levels}
+    results = []
+    for counts in level_confusions(matrices, h):
+        hits = counts.diagonal(dim1=-2, dim2=-1)
+        results.append(hits.double() / (counts.sum(-1) + counts.sum(-2) - hits))
+    return results
 
 
-def severities(h: Hierarchy) -> Tensor:
+def level_mious(matrices: Tensor, h: Hierarchy) -> Tensor:
+    """Each level's mean IoU without background, NaN where no class is there. Shape: (..., N, N) -> (..., L)."""
+    counted = [torch.tensor([v not in h.background for v in classes]) for classes in h.level_classes]
+    ious = level_ious(matrices, h)
+    return torch.stack([level[..., those].nanmean(-1) for level, those in zip(ious, counted, strict=True)], -1)
+
+
+def severity(matrices: Tensor, h: Hierarchy) -> Tensor:
+    """`mistake_severity`, NaN where nothing is wrong. Shape: (..., N, N) -> (...), float64."""
+    heights = h.cached("severities", "cpu", matrices.dtype, lambda: _severities(h))
+    return (matrices * heights).sum((-2, -1)).double() / (matrices * (heights > 0)).sum((-2, -1))
+
+
+def _severities(h: Hierarchy) -> Tensor:
     """The height at which label and answer meet, 0 where the answer is right. Shape: (N, N) int64."""
     heights = torch.zeros(h.num_nodes, h.num_nodes, dtype=torch.int64)
     for label, path in enumerate(h.paths):
@@ -78,29 +85,36 @@ def severities(h: Hierarchy) -> Tensor:
     return heights
 
 
-def _level_scores(counts: Tensor, level: int, h: Hierarchy) -> dict[str, Any]:
-    """IoU is TP / (TP + FP + FN), None where that is 0 / 0."""
-    hits = counts.diagonal()
-    unions = (counts.sum(0) + counts.sum(1) - hits).tolist()
-    ious = [hit / union if union else None for hit, union in zip(hits.tolist(), unions, strict=True)]
-    classes, pixels = h.level_classes[level], int(counts.sum())
-    return {
-        "level": level + 1,
-        "name": h.level_names[level],
-        "mIoU": _mean(iou for v, iou in zip(classes, ious, strict=True) if v not in h.background),
-        "mIoU_with_background": _mean(ious),
-        "pixel_accuracy": int(hits.sum()) / pixels if pixels else None,
-        "pixels": pixels,
-        "IoU": {h.names[v]: iou for v, iou in zip(classes, ious, strict=True)},
-        "absent": [h.names[v] for v, iou in zip(classes, ious, strict=True) if iou is None],
-        "classes": [h.names[v] for v in classes],
-        "confusion": counts.tolist(),
-    }
+def scores_from_confusion(matrix: Tensor, h: Hierarchy) -> dict[str, Any]:
+    """All scores that follow from an (N, N) matrix of counts, as plain JSON types; None where undefined.
+
+    A class absent from both truth and prediction has no IoU and is left out of the mean. `mIoU1` leaves out the
+    classes that the tree marks as background, `mIoU1_with_background` does not.
+    """
+    matrix, levels, scores = matrix.cpu(), [], {}
+    parts = zip(level_confusions(matrix, h), level_ious(matrix, h), level_mious(matrix, h), strict=True)
+    for i, (counts, ious, mean) in enumerate(parts):
+        names = [h.names[v] for v in h.level_classes[i]]
+        level = {
+            "level": i + 1,
+            "name": h.level_names[i],
+            "mIoU": _number(mean),
+            "mIoU_with_background": _number(ious.nanmean()),
+            "pixel_accuracy": _number(counts.diagonal().sum().double() / counts.sum()),
+            "pixels": int(counts.sum()),
+            "IoU": dict(zip(names, map(_number, ious), strict=True)),
+            "absent": [name for name, iou in zip(names, ious, strict=True) if iou.isnan()],
+            "classes": names,
+            "confusion": counts.tolist(),
+        }
+        levels.append(level)
+        scores |= {f"mIoU{i + 1}": level["mIoU"], f"mIoU{i + 1}_with_background": level["mIoU_with_background"]}
+    scores["pixel_accuracy"] = levels[0]["pixel_accuracy"]
+    return scores | {"mistake_severity": _number(severity(matrix, h)), "levels": levels}
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()
 
 
 class LevelScores:
@@ -138,10 +152,8 @@ class LevelScores:
         rates = {"violation_rate": violated / pairs if (pairs := pixels * len(self.h.edges)) else None}
         names = ["leaf", *(self.h.names[v] for v in self.h.roots)]
         for name, (count, hits, units) in zip(names, self.calibration.cpu(), strict=True):
-            gap = (
-                hits - units.double() / UNITS
-            ).abs().sum() / count.sum()  # |frequency - mean probability| of the bins
-            rates[f"ECE_{name}"] = gap.item() if count.any() else None
+            far = (hits - units.double() / UNITS).abs()  # of each bin, its frequency from its mean probability
+            rates[f"ECE_{name}"] = _number(far.sum() / count.sum())
         return scores_from_confusion(self.matrix, self.h) | rates
 
     def tensors(self) -> list[Tensor]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from manage.charts import COLOURS, finish
-
+# Okabe and Ito, "Color Universal Design", 2008: told apart by colour-blind readers; yellow is left out on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#282828")
 DASHES = ("-", "--", ":")  # a second and third round of colours is dashed, then dotted
 
 
@@ -25,4 +25,7 @@ def line_chart(
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    finish(figure, [axes], "both", path)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4")
+    axes.set_axisbelow(True)
+    figure.savefig(path, dpi=130)
