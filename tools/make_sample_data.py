@@ -10,9 +10,9 @@ The same settings give the same files, whatever the number of cores.
 import argparse
 import colorsys
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,10 +28,14 @@ from utils.ids import write_ids
 REPO = Path(__file__).resolve().parents[1]
 CLASSES = ("bg", "low_hand", "torso", "low_leg", "head", "up_leg", "up_hand")  # position = label id
 BACKGROUND, LOW_HAND, TORSO, LOW_LEG, HEAD, UP_LEG, UP_HAND = range(len(CLASSES))
+RECORD = "dataset.json"
 SUPERSAMPLING = 3  # odd, so that a pixel's centre is the centre of a sub-pixel
 LIGHT = np.array([-0.45, -0.55, 0.7])  # from the upper left, towards the viewer
 SKINS = ((255, 219, 190), (240, 195, 155), (212, 160, 115), (165, 110, 75), (115, 75, 50), (80, 52, 38))
 HAIRS = ((25, 20, 18), (60, 38, 22), (105, 65, 35), (190, 150, 85), (150, 145, 140), (140, 55, 30))
+
+
+Colour = Sequence[float] | np.ndarray  # red, green, blue
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,7 @@ class Settings:
     val: int = 60
     size: int = 128
     seed: int = 0
-    drawing_version: int = 4  # raise it when the same seed gives other pictures
-
-
-class Cloth(NamedTuple):
-    """A colour, and rings of another one, so many sub-pixels apart."""
-
-    colour: np.ndarray
-    rings: np.ndarray
-    apart: float = np.inf
+    drawing_version: int = 5  # raise it when the same seed gives other pictures
 
 
 class Canvas:
@@ -60,7 +56,7 @@ class Canvas:
         self.rgb, self.labels = np.zeros((height, width, 3), np.float32), np.zeros((height, width), np.uint8)
         self.size = np.array([width, height])
 
-    def limb(self, start: np.ndarray, end: np.ndarray, radii: tuple, cloth: Cloth, label: int = BACKGROUND) -> None:
+    def limb(self, start: np.ndarray, end: np.ndarray, radii: tuple, colour: Colour, label: int = BACKGROUND) -> None:
         """Paints a limb, round at its ends and as thick there as `radii` say, lit from the upper left."""
         low = (np.minimum(start, end) - max(radii)).astype(int).clip(0)
         high = np.minimum((np.maximum(start, end) + max(radii)).astype(int) + 1, self.size)
@@ -72,16 +68,10 @@ class Canvas:
         radius = radii[0] + along * (radii[1] - radii[0])
         right, down = (x - start[0] - along * bone[0]) / radius, (y - start[1] - along * bone[1]) / radius
         inside = right**2 + down**2 < 1
-
-        right, down, along = right[inside], down[inside], along[inside]  # (number of pixels inside,)
-        normal = np.stack([right, down, np.sqrt(1 - right**2 - down**2)])
-        has_ring = np.sin(2 * np.pi * along * np.hypot(*bone) / cloth.apart) > 0.2
-        colours = np.where(has_ring[:, None], cloth.rings, cloth.colour)
-        self.rgb[box][inside] = colours * (0.45 + 0.55 * (LIGHT @ normal).clip(0))[:, None]
+        right, down = right[inside], down[inside]
+        light = LIGHT @ np.stack([right, down, np.sqrt(1 - right**2 - down**2)])  # (number of pixels inside,)
+        self.rgb[box][inside] = np.array(colour) * (0.45 + 0.55 * light.clip(0))[:, None]
         self.labels[box][inside] = label
-
-
-# ---- people ------------------------------------------------------------------------------------------------
 
 
 def direction(degrees: float) -> np.ndarray:
@@ -89,39 +79,36 @@ def direction(degrees: float) -> np.ndarray:
     return np.array([np.sin(np.radians(degrees)), np.cos(np.radians(degrees))])
 
 
-def plain(rng: Generator, colour) -> Cloth:
-    colour = np.clip(np.array(colour) * rng.uniform(0.85, 1.1) + rng.normal(0, 5, 3), 5, 255)
-    return Cloth(colour, colour)
+def near(rng: Generator, colour: Colour) -> Colour:
+    return np.clip(np.array(colour) * rng.uniform(0.85, 1.1) + rng.normal(0, 5, 3), 5, 255)
 
 
-def muted(rng: Generator) -> np.ndarray:
+def vivid(rng: Generator) -> Colour:
+    """From green over blue to red, the hues that skin has not."""
+    return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(0.38, 0.98), rng.uniform(0.5, 0.95), rng.uniform(0.5, 1)))
+
+
+def muted(rng: Generator) -> Colour:
     """A colour of walls, floors and things: a grey with a tint."""
     return rng.uniform(100, 220) + rng.normal(0, 14, 3)
 
 
-def vivid(rng: Generator, apart: float) -> Cloth:
-    """From green over blue to red, the hues that skin has not; every second one with rings."""
-    colour = 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(0.38, 0.98), rng.uniform(0.5, 0.95), rng.uniform(0.5, 1)))
-    rings = np.clip(colour + rng.choice([-90, 90]), 10, 250)
-    return Cloth(colour, rings, apart if rng.random() < 0.5 else np.inf)
-
-
 def draw_person(canvas: Canvas, rng: Generator, hips: np.ndarray, h: float) -> None:
-    """Paints somebody `h` high, from back to front: legs, trunk and head, and one arm behind them or before."""
-    skin, hair, shirt = plain(rng, rng.choice(SKINS)), plain(rng, rng.choice(HAIRS)), vivid(rng, 0.05 * h)
-    trousers, shoes = plain(rng, rng.choice([(40, 55, 95), (45, 42, 40)])), plain(rng, (90, 80, 75))
-    has_shorts, has_sleeves, has_long_hair = rng.random(3) < (0.4, 0.4, 0.35)
+    """Paints somebody `h` high from back to front: an arm, the legs, trunk and head, the other arm."""
+    skin, hair, shirt = near(rng, rng.choice(SKINS)), near(rng, rng.choice(HAIRS)), vivid(rng)
+    trousers, shoes = near(rng, rng.choice([(40, 55, 95), (45, 42, 40)])), near(rng, (90, 80, 75))
+    has_shorts, has_sleeves, sits = rng.random(3) < (0.4, 0.4, 0.2)
     build, turn, lean = rng.uniform(0.85, 1.25), rng.random(), rng.normal(0, 8)  # turn: 0 from the front, 1 the side
     up = direction(180 - lean)
     across = np.array([-up[1], up[0]]) * (1 - 0.7 * turn) * build * h  # to the right
-    neck, sits = hips + 0.29 * h * up, rng.random() < 0.2
-    order = rng.choice([-1, 1]) * np.array([1, -1])
-    for side in order:
+    neck = hips + 0.29 * h * up
+
+    def draw_leg(side: int) -> None:
         swing = rng.uniform(50, 80) if sits else rng.uniform(2, 14 + 20 * turn)
-        knee_bend = -rng.uniform(0.8, 1.1) * swing if sits else -rng.uniform(0, 10 + 30 * turn)
+        bend = rng.uniform(0.8, 1.1) * swing if sits else rng.uniform(0, 10 + 30 * turn)
         hip = hips + 0.05 * across * side
         knee = hip + 0.24 * h * direction(side * swing)
-        ankle = knee + 0.23 * h * direction(side * (swing + knee_bend))
+        ankle = knee + 0.23 * h * direction(side * (swing - bend))
         toes = ankle + 0.06 * h * direction(side * rng.uniform(20, 80))
         canvas.limb(ankle, toes, (0.026 * h, 0.02 * h), shoes, LOW_LEG)
         canvas.limb(knee, ankle, (0.036 * build * h, 0.022 * h), skin if has_shorts else trousers, LOW_LEG)
@@ -137,43 +124,35 @@ def draw_person(canvas: Canvas, rng: Generator, hips: np.ndarray, h: float) -> N
         canvas.limb(wrist, fingers, (0.02 * h, 0.023 * h), skin, LOW_HAND)
         canvas.limb(elbow, wrist, (0.026 * build * h, 0.017 * h), shirt if has_sleeves else skin, LOW_HAND)
 
-    is_behind = rng.random() < 0.5
-    if is_behind:
-        draw_arm(order[0])
+    front = rng.choice([-1, 1])
+    draw_arm(-front)
+    draw_leg(-front)
+    draw_leg(front)
     chin, crown = neck + 0.05 * h * up, neck + 0.13 * h * direction(180 - lean + rng.normal(0, 10))
-    if has_long_hair:
-        canvas.limb(crown, neck - 0.02 * h * up, (0.06 * h, 0.05 * h), hair, HEAD)
     waist = (0.075 + 0.03 * (1 - turn)) * build * h
     canvas.limb(neck - 0.05 * h * up, hips, (waist, 0.8 * waist), shirt, TORSO)
     canvas.limb(neck - 0.02 * h * up, chin, (0.03 * h, 0.03 * h), skin, HEAD)
     canvas.limb(crown + 0.012 * h * up, crown - 0.012 * h * up, (0.055 * h, 0.05 * h), hair, HEAD)
     canvas.limb(chin + 0.012 * h * up, crown - 0.015 * h * up, (0.032 * h, 0.045 * h), skin, HEAD)
-    for side in order if not is_behind else order[1:]:
-        draw_arm(side)
-
-
-# ---- surroundings ------------------------------------------------------------------------------------------
+    draw_arm(front)
 
 
 def draw_background(canvas: Canvas, rng: Generator) -> None:
-    """Paints wall and ground, stains on both, and clutter."""
+    """Paints wall and ground, stains on both, and posts and balls."""
     width, height = canvas.size
     is_wall = np.arange(height)[:, None, None] < height * rng.uniform(0.35, 0.75)
-    wall, ground = muted(rng), muted(rng)
-    canvas.rgb[:] = np.where(is_wall, wall, ground)
+    canvas.rgb[:] = np.where(is_wall, muted(rng), muted(rng))
     for cells, strength in ((4, 14), (14, 8), (50, 4)):  # smooth noise with so many bumps across
         coarse = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
         canvas.rgb += strength * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))[..., None]
-    for _ in range(rng.integers(2, 8)):
-        draw_clutter(canvas, rng, rng.uniform(0, canvas.size), rng.uniform(0.05, 0.2) * min(canvas.size))
-
-
-def draw_clutter(canvas: Canvas, rng: Generator, centre: np.ndarray, size: float) -> None:
-    """Paints a post or a ball; now and then in skin or cloth, so that colour alone does not tell people."""
-    looks = [plain(rng, rng.choice(SKINS)), vivid(rng, size / 2), plain(rng, muted(rng))]
-    reach = rng.choice([0.1, 1.0, 2.5]) * size * direction(rng.uniform(0, 180))
-    thick = size * rng.uniform(0.15, 0.5)
-    canvas.limb(centre - reach, centre + reach, (thick, thick), looks[rng.choice(3, p=[0.05, 0.1, 0.85])])
+    for _ in range(rng.integers(3, 9)):
+        centre, size = rng.uniform(0, canvas.size), rng.uniform(0.05, 0.2) * min(canvas.size)
+        reach, thick = (
+            rng.choice([0.1, 1.0, 2.5]) * size * direction(rng.uniform(0, 180)),
+            size * rng.uniform(0.15, 0.5),
+        )
+        colours = [near(rng, rng.choice(SKINS)), vivid(rng), muted(rng)]  # so that colour alone does not tell people
+        canvas.limb(centre - reach, centre + reach, (thick, thick), colours[rng.choice(3, p=[0.05, 0.1, 0.85])])
 
 
 def draw_sample(settings: Settings, index: int) -> tuple[Image.Image, Image.Image]:
@@ -192,20 +171,13 @@ def draw_sample(settings: Settings, index: int) -> tuple[Image.Image, Image.Imag
     for slot, scale in enumerate(sorted(rng.uniform(*((1.2, 1.9) if is_near else (0.7, 0.95)), count))):
         x = (slot + 0.5) / count + rng.normal(0, 0.09)
         y = rng.uniform(0.05, 0.2) + 0.45 * scale if is_near else rng.uniform(0.9, 0.98) - 0.49 * scale
-        tall = scale * canvas.size[1]
-        draw_person(canvas, rng, canvas.size * (x, y), tall)
-        if rng.random() < 0.25:  # something in front of them
-            draw_clutter(canvas, rng, canvas.size * (x, y) + rng.normal(0, 0.15, 2) * tall, 0.1 * tall)
+        draw_person(canvas, rng, canvas.size * (x, y), scale * canvas.size[1])
 
-    light = rng.uniform(0.85, 1.1) * (1 + 0.12 * np.add.outer(np.linspace(-1, 1, height), np.linspace(-1, 1, width)))
     rgb = canvas.rgb.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING, 3).mean((1, 3))
-    rgb = rgb * light[..., None] * rng.uniform(0.93, 1.07, 3) + rng.normal(0, rng.uniform(1, 6), rgb.shape)
+    rgb = rgb * rng.uniform(0.8, 1.1) * rng.uniform(0.93, 1.07, 3) + rng.normal(0, rng.uniform(1, 6), rgb.shape)
     photo = Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6)))
     middle = np.s_[SUPERSAMPLING // 2 :: SUPERSAMPLING]
     return photo, Image.fromarray(np.ascontiguousarray(canvas.labels[middle, middle]))
-
-
-# ---- files -------------------------------------------------------------------------------------------------
 
 
 def make_data_set(settings: Settings, out: Path) -> bool:
@@ -213,10 +185,8 @@ def make_data_set(settings: Settings, out: Path) -> bool:
 
     Raises: UserError where `out` holds anything else, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if (out / "dataset.json").is_file() and read_json(out / "dataset.json") == asdict(settings):
-            return False
-        raise UserError(f"{out} holds something else than this set; delete it, or choose another folder by --out")
+    if (out / RECORD).is_file() and read_json(out / RECORD) == asdict(settings):
+        return False
     ids = [f"drawn_{index:05d}" for index in range(settings.train + settings.val)]
     try:
         with whole_folder(out) as folder:
@@ -232,9 +202,9 @@ def make_data_set(settings: Settings, out: Path) -> bool:
             write_ids(ids[: settings.train], folder / "train_id.txt")
             write_ids(ids[settings.train :], folder / "val_id.txt")
             write_whole("".join(f"{label}: {name}\n" for label, name in enumerate(CLASSES)), folder / "classes.txt")
-            write_json(asdict(settings), folder / "dataset.json")
+            write_json(asdict(settings), folder / RECORD)
     except OSError as error:
-        raise UserError(f"cannot write the sample data to {out}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {out}: {error.strerror}; empty it, or choose another by --out") from error
     return True
 
 

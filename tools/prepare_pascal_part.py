@@ -56,15 +56,13 @@ def main() -> int:
     args = parser.parse_args()
     if loadmat is None:
         raise UserError("scipy reads the raw annotations; install it with: pip install -r requirements-tools.txt")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out} is not empty; move it away, or choose another --out")
     annotations, photos = find_folder(args.source, ANNOTATIONS), find_folder(args.source, PHOTOS)
     print(f"found annotations in {annotations}\n      photos in {photos}")
     try:
         with whole_folder(args.out) as folder:
             record = prepare(annotations, PhotoFolder(photos), folder)
     except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"cannot write {args.out}: {error.strerror}; empty it, or choose another --out") from error
     for reason, number in record["left_out"].items():
         print(f"left out: {number:,} photos, {reason}")
     print(f"at fault: {len(record['problems']) or 'none'}")
