@@ -4,6 +4,7 @@ predictor = Predictor.load()                    # the shipped model; or a checkp
 result = predictor(Image.open("photo.jpg"))     # .levels .leaves .scores .shares
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from utils.decode import DECODERS
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
-from utils.images import photo_size, read_photo, scaled_size, upright_rgb
+from utils.images import read_photo, scaled_size, upright_rgb
 
 SHIPPED = REPOSITORY / "models" / "pretrained" / "pascal_part.pt"  # used where no checkpoint is named
 
@@ -89,15 +90,10 @@ def load_state(path: Path) -> dict[str, Any]:
 class Result:
     """What the network says of one photo, at the photo's own upright size."""
 
-    source: Image.Image | Path
+    photo: Image.Image  # upright RGB, at its own size
     leaves: np.ndarray  # (H, W) uint8 node ids
     logits: Tensor | None  # (N, H, W), where they were asked for
     hierarchy: Hierarchy
-
-    @cached_property
-    def photo(self) -> Image.Image:
-        """The photo itself, upright RGB, at its own size."""
-        return self.source if isinstance(self.source, Image.Image) else read_photo(self.source)
 
     @cached_property
     def levels(self) -> list[np.ndarray]:
@@ -137,11 +133,7 @@ class Predictor:
         tile: int | None = None,
     ) -> None:
         self.network, self.config, self.hierarchy = network.eval(), config, hierarchy
-        self.source, self.epoch, self.origin = (
-            None,
-            0,
-            None,
-        )  # the file it was loaded from, and what that says of itself
+        self.source, self.epoch, self.origin = None, 0, None  # the file it is of, and what that says of itself
         self.decoding, self.device = Decoding.of(config, decode, root_bias), next(network.parameters()).device
         self.decoding.biases(hierarchy)
         tta = tta or config.tta
@@ -179,37 +171,33 @@ class Predictor:
 
         Raises: ValueError for mode F, whose pixels have no known range.
         """
-        photo = upright_rgb(photo)
-        return self._predict(self.fed(photo), photo, photo.size, keep_logits)
+        photo = fed = upright_rgb(photo)
+        if self.config.short_side is not None:
+            fed = photo.resize(scaled_size(photo.size, self.config.short_side), Image.Resampling.BILINEAR)
+        return self._predict(fed, photo, keep_logits)
 
     def predict_file(self, path: str | Path, keep_logits: bool = True) -> Result:
         """Predicts a photo file, read exactly as evaluate.py reads it.
 
         Raises: UserError for a file that cannot be read.
         """
-        size = photo_size(path)
-        return self._predict(read_photo(path, self.config.short_side), Path(path), size, keep_logits)
+        photo = fed = read_photo(path)
+        if self.config.short_side is not None:
+            fed = read_photo(path, self.config.short_side)  # a JPEG decodes smaller at once
+        return self._predict(fed, photo, keep_logits)
 
     def __str__(self) -> str:
         tta = "" if self.how["tta"] == "off" else f", tta {self.how['tta']}"
         return f"{self.source or self.config.exp_name}, decoded by {self.decoding}{tta}"
 
-    def fed(self, photo: Image.Image) -> Image.Image:
-        """An upright RGB photo at the size at which the network takes it."""
-        if self.config.short_side is None:
-            return photo
-        return photo.resize(scaled_size(photo.size, self.config.short_side), Image.Resampling.BILINEAR)
-
-    def _predict(self, fed: Image.Image, source: Image.Image | Path, size: tuple, keep_logits: bool) -> Result:
+    def _predict(self, fed: Image.Image, photo: Image.Image, keep_logits: bool) -> Result:
         image = torch.from_numpy(np.array(fed)).permute(2, 0, 1).to(self.device)
-        source = fed if isinstance(source, Path) and fed.size == size else source
-        leaves, kept, kind = np.empty(size[::-1], np.uint8), None, torch.float32
-        for rows, logits in logit_rows(self.network, image, size[::-1], **self.how):
+        leaves, kept = np.empty(photo.size[::-1], np.uint8), None
+        if keep_logits:
+            shape = (self.hierarchy.num_nodes, *leaves.shape)
+            kept = torch.empty(shape, dtype=torch.float32 if math.prod(shape) <= EXACT else torch.float16)
+        for rows, logits in logit_rows(self.network, image, leaves.shape, **self.how):
             leaves[rows] = self.decoding(logits, self.hierarchy)[0].cpu().numpy()
-            if keep_logits and kept is None:
-                count = logits.shape[1] * leaves.size
-                kind = torch.float32 if count <= EXACT else torch.float16
-                kept = torch.empty(logits.shape[1], *leaves.shape, dtype=kind)
             if keep_logits:
-                kept[:, rows] = logits[0].to("cpu", kind)
-        return Result(source, leaves, kept, self.hierarchy)
+                kept[:, rows] = logits[0]
+        return Result(photo, leaves, kept, self.hierarchy)

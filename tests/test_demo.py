@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -47,24 +48,23 @@ def photo(tmp_path):
     return tmp_path / "two.halves.png"
 
 
-def picture_of(uri: str) -> np.ndarray:
-    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+def pictures_of(html: str) -> list[np.ndarray]:
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for data in re.findall(r'base64,([^"]+)', html)]
 
 
 @pytest.mark.parametrize("criterion", ["bce", "ce"])
 def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(predictor, photo, tree, criterion):
     result = demo.decode_again(predictor, demo.predict(predictor, str(photo)), "logit_sum", 0.0)
-    shown = demo.to_show(result, criterion)
-    assert picture_of(shown["photo"]).shape == (60, 80, 3)
-    maps = picture_of(shown["maps"]).reshape(3, 60, 80, 3)
+    picture, maps = pictures_of(demo.to_show(result, 0, criterion))
+    assert picture.shape == (60, 80, 3)
     logits = result.logits[:, 0, 79]
     leaves = logits[list(tree.leaves)].softmax(0)
-    for level, name in enumerate(HEAD):
+    for sheet, name in zip(maps.reshape(3, 60, 80, 3), reversed(HEAD), strict=True):
         node = tree.names.index(name)
         mass = sum(leaf for v, leaf in zip(tree.leaves, leaves, strict=True) if node in tree.paths[v])
         score = mass if criterion == "ce" else logits[node].sigmoid()
-        assert maps[level, 30, 79, :2].tolist() == [node, round(255 * score.item())]
-        assert maps[level, 30, 0, 0] == 0
+        assert sheet[30, 79, :2].tolist() == [node, round(255 * score.item())]
+        assert sheet[30, 0, 0] == 0
 
 
 def test_an_offset_of_the_background_moves_the_border(predictor, photo):
@@ -129,9 +129,9 @@ def hover(page, x: float) -> str:
     """What is told at a place of the photo; x from -1, its left edge, to 1."""
     from selenium.webdriver import ActionChains
 
-    canvas = page.find_element("css selector", ".levels ~ canvas")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    ActionChains(page).move_to_element_with_offset(canvas, int(0.45 * x * canvas.size["width"]), 5).perform()
+    picture = page.find_element("class name", "picture")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
+    ActionChains(page).move_to_element_with_offset(picture, int(0.45 * x * picture.size["width"]), 5).perform()
     return text(page, ".readout")
 
 
@@ -145,19 +145,16 @@ def test_a_photo_in_the_browser(page, photo, width):
     page.refresh()
     drop(page, photo)
     wait_until(page, lambda: "head 50 %" in text(page, ".legend"))
-    assert hover(page, -1).splitlines() == ["background 88 %", "background 88 %"]
-    assert hover(page, 1).splitlines() == ["head 73 %", "body 73 % › upper_body 73 % › head 73 %"]
-    page.find_elements("css selector", ".levels button")[2].click()
-    assert text(page, ".legend").splitlines() == ["background 50 %", "body 50 %"]
-    assert hover(page, 1).splitlines() == ["body 73 %", "body 73 %"]
+    assert hover(page, -1) == "background 88 %"
+    assert hover(page, 1) == "body 73 % › upper_body 73 % › head 73 %"
+    page.find_element("xpath", "//label[contains(., 'body')]").click()
+    wait_until(page, lambda: "body 50 %" in text(page, ".legend"))
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
     page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(photo.parent)})
     page.find_element("xpath", "//button[contains(., 'Download')]").click()
     wait_until(page, lambda: list(photo.parent.glob("*.zip")))
     number = page.find_element("css selector", "input[type=number]")
-    number.send_keys(
-        Keys.CONTROL + "a" + Keys.NULL, "5", Keys.TAB
-    )  # on the right the path to head has 3, background -1
+    number.send_keys(Keys.CONTROL + "a" + Keys.NULL, "5", Keys.TAB)  # the path to head has 3, background -1
     wait_until(page, lambda: text(page, ".legend") == "background 100 %")
 
 

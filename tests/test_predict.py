@@ -96,13 +96,6 @@ def test_a_photo_on_its_side_is_predicted_upright(predictor, tmp_path):
     assert np.array_equal(predictor.predict_file(tmp_path / "turned.png").leaves, expected)
 
 
-def test_the_short_side_of_training_is_used_but_a_slim_photo_is_not_blown_up(tmp_path, tree):
-    predictor = Predictor.load(write_checkpoint(tmp_path / "c.pt", tree, short_side=64), "cpu")
-    assert predictor.fed(noise(200, 100)).size == (128, 64)
-    assert predictor(noise(200, 100)).leaves.shape == (100, 200)
-    assert predictor.fed(noise(300, 3)).size == (1024, 10)
-
-
 @pytest.mark.parametrize("size", [(300, 150), (60, 30), (400, 50), (2000, 50)])
 def test_a_file_is_read_as_evaluation_reads_it_and_shown_at_its_own_size(tmp_path, tree, size):
     """A JPEG, which decodes smaller at once, so that reading and then resizing would give other pixels."""
@@ -212,6 +205,6 @@ def test_earlier_predictions_are_neither_replaced_nor_predicted_again(run, photo
 
 def test_a_path_that_names_nothing_is_a_mistake(run, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, message in (("absent.jpg", r"absent.*no such photo"), ("empty", "holds no photo")):
+    for name, message in (("absent.jpg", r"absent.*no such photo"), ("empty", "no folder that holds one")):
         with pytest.raises(UserError, match=message):
             run(tmp_path / name)

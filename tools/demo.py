@@ -12,13 +12,13 @@ import argparse
 import base64
 import importlib.util
 import io
+import json
 import os
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
+from html import escape
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # read when gradio is imported
@@ -36,88 +36,47 @@ from utils.cli import run_main
 from utils.decode import probabilities
 from utils.errors import UserError
 from utils.images import photo_size, read_photo
-from utils.visualize import write_maps
+from utils.visualize import overlay, write_maps
 
 gr = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
 LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
+HINT = "Drop a photo, or take one; then hover over it, or touch it."
 
-SKELETON = """
-<div class="levels"></div>
-<canvas role="img" aria-label="the photo with its parts laid over it"></canvas>
-<p class="readout">Drop a photo, or take one; then hover over it, or touch it.</p>
-<p class="legend"></p>
-<label class="strength">strength <input type="range" min="0" max="100" value="60"></label>
-"""
 STYLE = """
-.levels { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px; }
-.levels button { padding: 6px 14px; border: 1px solid #767b83; border-radius: 6px; background: #fff; color: #1c1e21; }
-.levels button[aria-pressed=true] { background: #0b62a4; border-color: #0b62a4; color: #fff; }
-.levels:empty ~ canvas, .levels:empty ~ .strength { display: none; }
-canvas { display: block; max-width: 100%; cursor: crosshair; touch-action: manipulation; }
-.readout { min-height: 3em; margin: 8px 0; font-variant-numeric: tabular-nums; }
+.picture { display: block; max-width: 100%; max-height: 72vh; cursor: crosshair; touch-action: manipulation; }
+.readout { min-height: 1.5em; margin: 8px 0; font-variant-numeric: tabular-nums; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0; }
 i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border: 1px solid #767b83; }
 """
 SCRIPT = """
-const find = (what) => element.querySelector(what);
-const make = (tag, values) => Object.assign(document.createElement(tag), values);
-const named = (node, share) => `${props.value.names[node]} ${Math.round(100 * share)} %`;
-const loaded = (src) => new Promise((done) => { const image = make('img', { onload: () => done(image), src }); });
-let level = 0, photo, maps;  // maps: the levels below each other, in pixels of (node, 255 * probability, 0, 255)
-const at = (which, i) => 4 * (which * photo.width * photo.height + i);
-
-function swatch(node, share) {
-  const line = make('span'), box = line.appendChild(make('i'));
-  box.style.background = `rgb(${props.value.colours[node]})`;
-  line.append(named(node, share));
-  return line;
-}
-function draw() {
-  const { width, height } = photo, { names, colours, background, levels } = props.value, counts = names.map(() => 0);
-  const canvas = Object.assign(find('canvas'), { width, height });
-  canvas.style.width = `min(100%, ${Math.round(72 * width / height)}vh)`;
-  const pen = canvas.getContext('2d', { willReadFrequently: true }), strength = find('input').value / 100;
-  pen.drawImage(photo, 0, 0);
-  const picture = pen.getImageData(0, 0, width, height), pixels = picture.data;
-  for (let i = 0; i < width * height; i++) {
-    const node = maps[at(level, i)];
-    counts[node]++;
-    if (!background.includes(node))
-      for (let c = 0; c < 3; c++) pixels[4 * i + c] += strength * (colours[node][c] - pixels[4 * i + c]);
-  }
-  pen.putImageData(picture, 0, 0);
-  const found = [...counts.keys()].filter((node) => counts[node]).sort((a, b) => counts[b] - counts[a]);
-  find('.legend').replaceChildren(...found.map((node) => swatch(node, counts[node] / (width * height))));
-  find('.levels').replaceChildren(...levels.map((name, i) => make('button',
-    { textContent: name, ariaPressed: i === level, onclick: () => { level = i; draw(); } })));
-}
+let seen, pixels;  // the maps that were read last; of them (node, 255 * probability, 0, 255) a pixel, root level first
 function read(event) {
-  if (event.target !== find('canvas') || !maps) return;
-  const x = Math.floor(event.offsetX / event.target.clientWidth * photo.width);
-  const y = Math.floor(event.offsetY / event.target.clientHeight * photo.height);
-  const places = props.value.levels.map((_, which) => at(which, y * photo.width + x)).slice(level).reverse();
-  const path = places.filter((place, step) => !step || maps[place] !== maps[places[step - 1]]);
-  const steps = path.map((place) => named(maps[place], maps[place + 1] / 255));
-  const title = make('b'), last = path[path.length - 1];
-  title.append(swatch(maps[last], maps[last + 1] / 255));
-  find('.readout').replaceChildren(title, make('br'), steps.join(' › '));
+  const picture = event.target, maps = element.querySelector('.maps');
+  if (!picture.matches('.picture')) return;
+  const { naturalWidth: width, naturalHeight: height } = picture, names = JSON.parse(maps.dataset.names);
+  if (seen !== maps.src) {
+    const canvas = Object.assign(document.createElement('canvas'), { width, height: maps.naturalHeight });
+    const pen = canvas.getContext('2d');
+    pen.drawImage(maps, 0, 0);
+    pixels = pen.getImageData(0, 0, width, maps.naturalHeight).data;
+    seen = maps.src;
+  }
+  const x = Math.floor(event.offsetX / picture.clientWidth * width);
+  const y = Math.floor(event.offsetY / picture.clientHeight * height), path = new Map();
+  for (let row = y; row < maps.naturalHeight; row += height) {
+    const i = 4 * (row * width + x);
+    path.set(names[pixels[i]], Math.round(pixels[i + 1] / 2.55));
+  }
+  element.querySelector('.readout').textContent = [...path].map(([name, share]) => `${name} ${share} %`).join(' › ');
 }
-watch('value', async () => {
-  if (!props.value) return;
-  const picture = await loaded(props.value.maps), { width, height } = picture;
-  photo = await loaded(props.value.photo);
-  const pen = make('canvas', { width, height }).getContext('2d');
-  pen.drawImage(picture, 0, 0);
-  maps = pen.getImageData(0, 0, width, height).data;
-  draw();
-});
-for (const [kind, act] of [['pointermove', read], ['pointerdown', read], ['input', draw]])
-  element.addEventListener(kind, act);
+for (const kind of ['pointermove', 'pointerdown']) element.addEventListener(kind, read);
 """
 
 
-def predict(predictor: Predictor, path: str) -> Result:
+def predict(predictor: Predictor, path: str | None) -> Result | None:
     """A photo with its logits, at most LARGEST pixels of it. Raises: UserError for a file that cannot be read."""
+    if path is None:
+        return None
     width, height = photo_size(path)
     shrink = min(1.0, (LARGEST / (width * height)) ** 0.5)
     return predictor(read_photo(path, None if shrink == 1 else max(1, int(min(width, height) * shrink))))
@@ -128,24 +87,32 @@ def decode_again(predictor: Predictor, result: Result, rule: str, offset: float)
     h, own = predictor.hierarchy, predictor.decoding
     bias = (own.root_bias if rule == own.rule else {}) | {h.names[v]: offset for v in h.background}
     leaves = Decoding(rule, bias)(result.logits[None].float(), h)[0]
-    return replace(result, leaves=leaves.cpu().numpy())
+    return Result(result.photo, leaves.cpu().numpy(), result.logits, h)
 
 
-def to_show(result: Result, criterion: str | dict[str, float]) -> dict[str, Any]:
-    """What the page's script draws: the photo, and class and probability of each pixel at each level."""
+def to_show(result: Result, level: int, criterion: str | dict[str, float]) -> str:
+    """The overlay of a level, its classes by their share, and class and probability of each pixel for the script."""
     h, sheets = result.hierarchy, []
     scores = probabilities(default_decode(criterion), result.logits[None], h)[0]
-    for nodes in result.levels:
+    for nodes in reversed(result.levels):
         share = scores.gather(0, torch.from_numpy(nodes).long()[None])[0]
         sheets.append(np.dstack([nodes, (255 * share).round().byte().numpy(), np.zeros_like(nodes)]))
-    tree = {"names": h.names, "colours": h.colours, "background": sorted(h.background), "levels": h.level_names}
-    photo, maps = data_uri(result.photo, "JPEG", quality=90), data_uri(Image.fromarray(np.concatenate(sheets)), "PNG")
-    return {"photo": photo, "maps": maps, **tree}
+    picture, maps = overlay(np.asarray(result.photo), result.levels[level], h), np.concatenate(sheets)
+    legend = [
+        f'<span><i style="background: rgb{h.colours[node]}"></i>{escape(h.names[node])} {100 * share:.0f} %</span>'
+        for share, node in sorted(((result.shares[h.names[v]], v) for v in h.level_classes[level]), reverse=True)
+        if share
+    ]
+    return (
+        f'<img class="picture" alt="the photo with its parts laid over it" src="{data_uri(picture, "JPEG")}">'
+        f'<img class="maps" hidden alt="" src="{data_uri(maps, "PNG")}" data-names="{escape(json.dumps(h.names))}">'
+        f'<p class="readout">{HINT}</p><p class="legend">{"".join(legend)}</p>'
+    )
 
 
-def data_uri(image: Image.Image, kind: str, **options) -> str:
+def data_uri(picture: np.ndarray, kind: str) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    Image.fromarray(picture).save(buffer, kind, quality=90)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -158,21 +125,23 @@ def to_download(result: Result, photo: Path) -> str:
 
 def build(predictor: Predictor) -> "gr.Blocks":
     """The page."""
-    h, own = predictor.hierarchy, predictor.decoding
+    h, own, criterion = predictor.hierarchy, predictor.decoding, predictor.config.criterion
     bias = [own.root_bias.get(h.names[v], 0.0) for v in sorted(h.background)]
 
-    def refresh(path: str | None, result: Result | None, rule: str, offset: float) -> tuple:
-        if result is None:
-            return None, None, gr.DownloadButton(interactive=False)
-        result = decode_again(predictor, result, rule, offset)
-        file = gr.DownloadButton(value=to_download(result, Path(path)), interactive=True)
-        return result, to_show(result, predictor.config.criterion), file
-
-    def begin(path: str | None, rule: str, offset: float) -> tuple:
+    def begin(path: str | None) -> Result | None:
         try:
-            return refresh(path, predict(predictor, path) if path else None, rule, offset)
+            return predict(predictor, path)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
+
+    def decide(path: str | None, result: Result | None, rule: str, offset: float) -> tuple:
+        if result is None:
+            return None, gr.DownloadButton(interactive=False)
+        result = decode_again(predictor, result, rule, offset)
+        return result, gr.DownloadButton(value=to_download(result, Path(path)), interactive=True)
+
+    def look(result: Result | None, level: int) -> str:
+        return to_show(result, level, criterion) if result else HINT
 
     with gr.Blocks(title="Parts of a photo", analytics_enabled=False) as page:
         gr.Markdown(f"# Parts of a photo\nmodel {predictor.config.exp_name} · tree {h.name}, {h.num_leaves} parts")
@@ -180,16 +149,19 @@ def build(predictor: Predictor) -> "gr.Blocks":
             with gr.Column(scale=1):
                 photo = gr.Image(type="filepath", image_mode=None, label="Photo", sources=["upload", "webcam"])
                 photo.preprocess = lambda file: file and file.path  # read by us, who can say what is wrong with it
+                rule = gr.Dropdown(DECODE_RULES, value=own.rule, label="Decoding rule")
+                offset = gr.Slider(-5, 5, *bias[:1], step=0.1, label="Offset of the background", visible=bool(bias))
             with gr.Column(scale=2):
-                viewer = gr.HTML(html_template=SKELETON, css_template=STYLE, js_on_load=SCRIPT, apply_default_css=False)
-        with gr.Row():
-            rule = gr.Dropdown(DECODE_RULES, value=own.rule, label="Decoding rule")
-            offset = gr.Slider(-5, 5, *bias[:1], step=0.1, label="Offset of the background", visible=bool(bias))
-            download = gr.DownloadButton("Download the masks", interactive=False)
-        state = gr.State()
-        photo.change(begin, [photo, rule, offset], [state, viewer, download])
+                level = gr.Radio([(name, i) for i, name in enumerate(h.level_names)], value=0, label="Level")
+                viewer = gr.HTML(HINT, css_template=STYLE, js_on_load=SCRIPT, apply_default_css=False)
+                download = gr.DownloadButton("Download the masks", interactive=False)
+        predicted, decided = gr.State(), gr.State()
+        decoding = ([photo, predicted, rule, offset], [decided, download])
+        looking = ([decided, level], viewer)
+        photo.change(begin, photo, predicted).success(decide, *decoding).success(look, *looking)
         for one in (rule, offset):
-            one.change(refresh, [photo, state, rule, offset], [state, viewer, download], trigger_mode="always_last")
+            one.change(decide, *decoding, trigger_mode="always_last").success(look, *looking)
+        level.change(look, *looking)
     return page
 
 

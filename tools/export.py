@@ -1,13 +1,15 @@
 """Exports a model: as a program, photos in, label maps and scores out; or as files to hand on.
 
-    python tools/export.py --out exported --format torch                  # the shipped model
-    python tools/export.py --checkpoint quickstart --out exported --format torch,onnx --check data/sample/JPEGImages
-    python tools/export.py --checkpoint best.pt --out exported --format checkpoint --name mine --licence CC-BY-4.0
+    python tools/export.py --out exported/model.pt2                   # the shipped model
+    python tools/export.py --checkpoint quickstart --out exported/model.onnx --tta flip
+    python tools/export.py --checkpoint best.pt --out exported/mine.pt --licence CC-BY-4.0
 
-    torch       <name>.pt2   torch.export: one self-contained program, with <name>.json (config and tree)
-    onnx        <name>.onnx  the same
-    checkpoint  <name>.pt    the network without its training, weights in half precision: a fraction of best.pt
-    folder      <name>/      model.safetensors, config.json, tree.json
+The ending of --out says what is written:
+
+    NAME.pt2    torch.export: one self-contained program, with NAME.json (config and tree)
+    NAME.onnx   the same
+    NAME.pt     the network without its training, weights in half precision: a fraction of best.pt
+    NAME        a folder: model.safetensors, config.json, tree.json
 
 The last two come with a card (README.md: scores of all evaluations of the very file, classes, recipe, licence), and
 are taken wherever a checkpoint is. A program is used without this project:
@@ -17,9 +19,8 @@ are taken wherever a checkpoint is. A program is used without this project:
             scores    (B, N, H, W) float32 in [0, 1]
 
 Normalisation, padding, views of --tta, and decoding with the checkpoint's root_bias are inside. Resizing is not: where
-<name>.json names a short_side, resize photos to it first. --check compares the label maps of real photos with PyTorch's
-and fails where fewer than 99.99 % of pixels agree. Needs: pip install -r requirements-export.txt (torch and checkpoint
-do not).
+NAME.json names a short_side, resize photos to it first. A program is run once, and refused where its scores are not
+PyTorch's. Needs: pip install -r requirements-export.txt (.pt2 and .pt do not).
 """
 
 import argparse
@@ -37,29 +38,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils  # noqa: F401 - before torch
 
 # isort: split
-import numpy as np
 import torch
 import torch.fx.experimental._config as fx_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.config import DECODE_RULES, TTA, Config, differences
+from configs.config import DECODE_RULES, REPOSITORY, TTA, Config, differences
 from manage import inference
 from manage.checkpoint import checkpoint_digest, pack
 from manage.predictor import Predictor
 from manage.tables import percent, shown
-from tools.predict import find_photos
-from utils.cli import progress, run_main
+from utils.cli import run_main
 from utils.decode import leaf_bias, leaf_scores
 from utils.errors import UserError
 from utils.files import read_json, write_json, write_whole
 from utils.hierarchy import Hierarchy
-from utils.images import read_photo
 
-FORMATS = {"torch": ".pt2", "onnx": ".onnx", "checkpoint": ".pt", "folder": ""}  # and how the file's name ends
-PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "folder": ("safetensors",)}
+PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxruntime", "onnxscript"), ".pt": (), "": ("safetensors",)}  # by ending
 OF_A_MACHINE = ("device", "num_workers", "cache", "n_val_photos")  # keys that a model does not take along
-CHECKED, LEAST_AGREEMENT = 20, 0.9999  # photos, and the share of their pixels
+TOLERANCE = 1e-3  # of a score, between a program and PyTorch
 
 Program = Callable[[Tensor], Sequence[Tensor]]  # photos -> leaves, scores
 
@@ -129,47 +126,37 @@ def open_program(path: Path) -> Program:
     return lambda photos: [torch.from_numpy(output) for output in session.run(None, {"photos": photos.numpy()})]
 
 
-@torch.no_grad()
-def agreement(program: Program, predictor: Predictor, photos: Sequence[Path]) -> float:
-    """Share of all pixels for which the program names the same leaf as `Predictor`, at the size the network sees."""
-    same = total = 0
-    for path in progress(photos, desc="check", unit="photo"):
-        photo = predictor.fed(read_photo(path))
-        expected = torch.from_numpy(predictor(photo, keep_logits=False).leaves)
-        image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].contiguous()
-        same += int((program(image)[0][0] == expected).sum())
-        total += expected.numel()
-    return same / total
-
-
-def export_programs(
-    predictor: Predictor, paths: Sequence[Path], arguments: argparse.Namespace, photos: Sequence[Path]
-) -> float:
-    """Writes the programs; the smallest share of pixels that are as PyTorch's, where there are photos to check."""
+def export_program(predictor: Predictor, path: Path) -> None:
+    """Writes the program and what it was made of, and runs it once. Raises: UserError, OSError."""
     warnings.filterwarnings("ignore", category=UserWarning)  # the exporters' own, about their insides
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program, worst = export_torch(Exportable(predictor)), 1.0
-    state = handed_on(predictor)
-    write_json({key: state[key] for key in ("config", "tree", "origin")}, arguments.out / f"{arguments.name}.json")
-    for path in paths:
-        save_program(program, path)
-        checked = "not checked; give --check DIR to compare it with PyTorch on real photos"
-        if photos:
-            share = agreement(open_program(path), predictor, photos)
-            checked = f"the same leaf as PyTorch on {100 * share:.4f} % of the pixels of {len(photos)} photos"
-            worst = min(worst, share)
-        print(f"wrote {path}: {checked}")
-    return worst
+    model, state = Exportable(predictor), handed_on(predictor)
+    save_program(export_torch(model), path)
+    write_json({key: state[key] for key in ("config", "tree", "origin")}, path.with_suffix(".json"))
+    photos = torch.randint(0, 256, (2, 3, 123, 187), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    apart = (open_program(path)(photos)[1] - model(photos)[1]).abs().max().item()
+    if not apart <= TOLERANCE:
+        raise UserError(f"{path}: its scores are up to {apart:.1e} from PyTorch's; do not use it")
+    print(f"wrote {path}: scores within {apart:.1e} of PyTorch's")
 
 
 # --- files to hand on ---
 def handed_on(predictor: Predictor) -> dict:
-    """What a checkpoint needs for prediction, evaluation and `init_from`, and where it came from."""
-    source, own = predictor.source, {"decode": predictor.decoding.rule, "root_bias": predictor.decoding.root_bias}
+    """What a checkpoint needs for prediction, evaluation and `init_from`, and where it came from.
+
+    Its config is without what is true of one machine alone: places outside the repository, and its device.
+    """
+    source, config, decoding = predictor.source, predictor.config, predictor.decoding
+    outside = {
+        key: getattr(Config, key) or Path(value).name
+        for key, value in config.to_dict().items()
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("..", "~")))
+    }
+    own = {"decode": decoding.rule, "root_bias": decoding.root_bias, "tta": predictor.how["tta"]}
     starts = source.parents[1] / "environment.json"
     origin = {
-        "experiment": predictor.config.exp_name,
+        "experiment": config.exp_name,
         "checkpoint": source.name,
         "sha256": checkpoint_digest(source),
         "commit": read_json(starts)[0].get("commit") if starts.is_file() else None,
@@ -177,26 +164,16 @@ def handed_on(predictor: Predictor) -> dict:
     return {
         "model": {key: value.contiguous() for key, value in predictor.network.state_dict().items()},
         "ema": None,
-        "config": replace(without_places(predictor.config), **own, tta=predictor.how["tta"]).to_dict(),
+        "config": replace(config, **outside, **{key: getattr(Config, key) for key in OF_A_MACHINE}, **own).to_dict(),
         "tree": predictor.hierarchy.to_dict(),
         "epoch": predictor.epoch,
         "origin": predictor.origin or origin,
     }
 
 
-def without_places(config: Config) -> Config:
-    """The config without what is true of one machine alone: places outside the repository, and its device."""
-    outside = {
-        key: getattr(Config, key) or Path(value).name
-        for key, value in config.to_dict().items()
-        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("..", "~")))
-    }
-    return replace(config, **outside, **{key: getattr(Config, key) for key in OF_A_MACHINE})
-
-
 def export_model(predictor: Predictor, path: Path, licence: str) -> None:
     """Writes a checkpoint, or a folder without an ending, and its card. Raises: OSError."""
-    state, scored, card_path = handed_on(predictor), path, path.with_name("README.md")
+    state, scored = handed_on(predictor), path
     if path.suffix:
         # kernels alone are halved: the rest is small, and running variances could overflow
         weights = {key: value.half() if value.dim() > 1 else value for key, value in state["model"].items()}
@@ -204,26 +181,28 @@ def export_model(predictor: Predictor, path: Path, licence: str) -> None:
     else:
         from safetensors.torch import save
 
-        scored, card_path = predictor.source, path / "README.md"
+        scored = predictor.source
         path.mkdir(exist_ok=True)
         write_whole(save(state["model"]), path / "model.safetensors")
         write_json(state["config"], path / "config.json")
         write_json(state["tree"], path / "tree.json")
-    records = evaluations_of(scored, Config(**state["config"]))
-    write_whole(card(state, records, licence), card_path)
-    print(f"wrote {path}, and {card_path} with the scores of {len(records)} evaluations")
+    records = evaluations_of(scored, state["config"])
+    write_whole(card(state, records, licence), card_of(path))
+    print(f"wrote {path}, and {card_of(path)} with the scores of {len(records)} evaluations")
 
 
-def evaluations_of(checkpoint: Path, config: Config) -> list[dict]:
-    """The scores.json of every evaluation of this very file on all val photos, by its own rule and views first."""
-    patterns = ("evaluation/*/scores.json", "experiments/*/evaluation/*/scores.json")
-    folders = [config.experiment_dir, *checkpoint.resolve().parents[1:3]]  # of models/pretrained/F.pt: the repository
-    paths = {path.resolve() for folder in folders for pattern in patterns for path in folder.glob(pattern)}
-    digest, records = checkpoint_digest(checkpoint), [read_json(path) for path in sorted(paths)]
+def card_of(path: Path) -> Path:
+    return path.with_name("README.md") if path.suffix else path / "README.md"
+
+
+def evaluations_of(checkpoint: Path, config: dict) -> list[dict]:
+    """The scores.json of every evaluation of this very file on the most val photos, by its own rule and views first."""
+    digest, records = checkpoint_digest(checkpoint), []
+    for folder in {REPOSITORY, *checkpoint.resolve().parents}:
+        records += [read_json(path) for path in sorted(folder.glob("experiments/*/evaluation/*/scores.json"))]
     records = [record for record in records if record.get("checkpoint_sha256") == digest]
-    most = max((record["photos"] for record in records), default=0)
-    own = (config.decode, config.tta)
-    records = [record for record in records if record["photos"] == most]
+    records = [record for record in records if record["photos"] == max(other["photos"] for other in records)]
+    own = (config["decode"], config["tta"])
     return sorted(records, key=lambda record: ((record["decode"], record["tta"]) != own, record["tta"]))
 
 
@@ -231,23 +210,23 @@ def card(state: dict, records: Sequence[dict], licence: str) -> str:
     """README.md: scores, classes, recipe, licence. A column of the table is an evaluation."""
     config, h = Config(**state["config"]), Hierarchy.from_dict(state["tree"])
     rows = [["", *(f"{record['decode']}, tta {record['tta']}" for record in records)], ["---"] * (1 + len(records))]
-    if records:
-        rows += [[name, *(shown(name, record["scores"][name]) for record in records)] for name in records[0]["scores"]]
+    for name in records[0]["scores"] if records else ():
+        rows.append([name, *(shown(name, record["scores"][name]) for record in records)])
     for level, (title, nodes) in enumerate(zip(h.level_names, h.level_classes, strict=True)):
         for name in (h.names[node] for node in nodes):
             rows.append([f"{title}: {name}", *(percent(record["levels"][level]["IoU"][name]) for record in records)])
-    photos = f"On {records[0]['photos']} photos" if records else "Not evaluated yet: run evaluate.py on this very file"
+    recipe = [f"    {key}: {json.dumps(value)}" for key, (value, _) in differences(config, Config()).items()]
     return CARD.format(
         licence=licence,
         name=config.exp_name,
         tree=h.name,
-        photos=photos,
+        photos=f"On {records[0]['photos']} photos"
+        if records
+        else "Not evaluated yet: run evaluate.py on this very file",
         table="\n".join(f"| {' | '.join(map(str.strip, row))} |" for row in rows),
         epoch=state["epoch"],
         origin=", ".join(f"{key} {value}" for key, value in state["origin"].items()),
-        recipe="\n".join(
-            f"    {key}: {json.dumps(value)}" for key, (value, _) in differences(config, Config()).items()
-        ),
+        recipe="\n".join(recipe),
     )
 
 
@@ -283,55 +262,39 @@ Segments photos by the label tree `{tree}`, at every level at once.
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", metavar="F", help="a .pt file, an experiment (default: the shipped model)")
-    parser.add_argument("--out", required=True, type=Path, metavar="D", help="folder for the exported files")
-    parser.add_argument("--name", default="model", metavar="N", help="of the exported files (default: %(default)s)")
-    parser.add_argument("--format", default=",".join(FORMATS), metavar="A,B", help="some of %(default)s (default: all)")
+    parser.add_argument("--out", required=True, type=Path, metavar="P", help="a .pt2, .onnx or .pt file, or a folder")
     parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
     parser.add_argument("--tta", choices=TTA, help="other views than the checkpoint's")
     parser.add_argument("--licence", default="unknown", help="for the card, such as cc-by-4.0")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="a folder of real photos to compare with PyTorch on")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier exports in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser.parse_args()
 
 
-def files_of(arguments: argparse.Namespace) -> dict[str, Path]:
-    """What is to be written, by format.
-
-    Raises: UserError for an unknown format, for packages that are not there, and for a folder that is in use.
-    """
-    files = {}
-    for name in map(str.strip, arguments.format.split(",")):
-        if name not in FORMATS:
-            raise UserError(f"--format {arguments.format}: {name!r} is not one of {', '.join(FORMATS)}")
-        missing = [package for package in PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
-        if missing:
-            raise UserError(
-                f"--format {name} needs {', '.join(missing)}: pip install -r requirements-export.txt, or give another "
-                "--format, such as torch"
-            )
-        files[name] = arguments.out / f"{arguments.name}{FORMATS[name]}"
-    if arguments.out.exists() and any(arguments.out.iterdir()) and not arguments.overwrite:
-        raise UserError(f"{arguments.out} holds files already; choose another --out, or give --overwrite")
-    return files
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises: UserError for an unknown ending, for packages that are not there, and for files that are."""
+    if out.suffix not in PACKAGES:
+        raise UserError(f"--out {out}: expected a name that ends in .pt2, .onnx or .pt, or a folder without an ending")
+    if missing := [package for package in PACKAGES[out.suffix] if importlib.util.find_spec(package) is None]:
+        raise UserError(f"--out {out} needs {', '.join(missing)}: pip install -r requirements-export.txt")
+    beside = card_of(out) if out.suffix in (".pt", "") else out.with_suffix(".json")
+    if not overwrite and (there := [path for path in (out, beside) if path.exists()]):
+        raise UserError(f"{there[0]} exists already; choose another --out, or give --overwrite")
 
 
-def main() -> int:
+def main() -> None:
     arguments = read_arguments()
-    files = files_of(arguments)
-    photos = find_photos([str(arguments.check)], arguments.out)[:CHECKED] if arguments.check else []
+    out = arguments.out
+    check_out(out, arguments.overwrite)
     predictor = Predictor.load(arguments.checkpoint, "cpu", decode=arguments.decode, tta=arguments.tta)
     print(f"exporting {predictor}")
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for name in {"checkpoint", "folder"} & {*files}:
-            export_model(predictor, files[name], arguments.licence)
-        programs = [files[name] for name in files if name in ("torch", "onnx")]
-        worst = export_programs(predictor, programs, arguments, photos) if programs else 1.0
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix in (".pt", ""):
+            export_model(predictor, out, arguments.licence)
+        else:
+            export_program(predictor, out)
     except OSError as error:
-        raise UserError(f"{arguments.out}: cannot be written ({error.strerror})") from None
-    if worst < LEAST_AGREEMENT:
-        print(f"error: less than {100 * LEAST_AGREEMENT} % of the pixels agree; do not use it", file=sys.stderr)
-    return int(worst < LEAST_AGREEMENT)
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

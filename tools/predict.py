@@ -63,20 +63,17 @@ def find_photos(paths: Sequence[str], out: Path) -> list[Path]:
     found: dict[Path, None] = {}
     skipped: Counter[str] = Counter()
     for path in paths:
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        photos = []
+        matches, photos = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), []
         for match in map(Path, map(os.path.abspath, matches)):
-            if not match.is_dir():
-                photos.append(match)
-                continue
-            for file in sorted(file for file in match.rglob("*") if file.is_file() and out not in file.parents):
-                if file.suffix.lower() in SUFFIXES and file.name[0] != ".":
+            for file in sorted(match.rglob("*")) if match.is_dir() else [match]:
+                if file == match or (
+                    file.suffix.lower() in SUFFIXES and file.name[0] != "." and out not in file.parents
+                ):
                     photos.append(file)
-                else:
+                elif file.is_file() and out not in file.parents:
                     skipped["hidden" if file.name[0] == "." else file.suffix or "without a suffix"] += 1
         if not photos:
-            what = "holds no photo" if matches else "no such photo or folder, and no glob that matches one"
-            raise UserError(f"{path}: {what} (photos end in {', '.join(SUFFIXES)})")
+            raise UserError(f"{path}: no such photo, no folder that holds one, and no glob that matches one")
         found |= dict.fromkeys(photos)
     if skipped:
         print("skipped in folders: " + ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items())))
