@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 FORMAT = 2  # raise it when an old file needs another reading; 1 had a checksum of its own behind the archive
 NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
-_CONTENT = {"model": dict, "ema": dict | None, "config": dict, "tree": dict, "epoch": int}  # what all readers rely on
+_CONTENT = {"format": int, "model": dict, "ema": dict | None, "config": dict, "tree": dict, "epoch": int}
 
 
 class DamagedCheckpoint(UserError):
@@ -37,21 +37,15 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint{_others(path.parent)}") from None
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: the checkpoint cannot be read ({error.strerror})") from None
-    try:
         if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DamagedCheckpoint(
-            f"{path}: refused: it holds Python objects that would run code when loaded; "
-            "expected only tensors and plain values. Use a checkpoint written by train.py"
-        ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint{_others(path.parent)}") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged archive
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds Python objects, which would run code when loaded"
         raise DamagedCheckpoint(
             f"{path}: truncated, damaged, or not a checkpoint ({reason}); use another one"
         ) from None
@@ -86,10 +80,7 @@ def newest_valid(folder: Path, say=print) -> Path | None:
                 damaged.rename(damaged.with_suffix(".damaged"))
         return path
     if paths:
-        raise DamagedCheckpoint(
-            f"{folder}: none of its {len(paths)} checkpoints is whole; restore one from a backup, "
-            "or start anew with --overwrite"
-        )
+        raise DamagedCheckpoint(f"{folder}: none of its {len(paths)} checkpoints is whole; start anew with --overwrite")
     return None
 
 
@@ -104,9 +95,7 @@ def find_checkpoint(name: str, folder: Path, root: Path) -> Path:
     for path in (folder / f"{name}.pt", folder / name, root / os.path.expanduser(name), Path(name)):
         if os.path.isfile(path):  # False, too, for names that no file can have
             return path
-    if os.path.isdir(name):
-        raise UserError(f"{name} is a folder; name one checkpoint{_others(Path(name))}")
-    raise UserError(f"{name!r}: no such checkpoint{_others(folder)}")
+    raise UserError(f"{name!r}: no such checkpoint{_others(Path(name) if os.path.isdir(name) else folder)}")
 
 
 def find_model(name: str, root: Path) -> Path:
@@ -120,14 +109,11 @@ def find_model(name: str, root: Path) -> Path:
 
 
 def _check_content(state, path: Path) -> None:
-    number = state.get("format") if isinstance(state, dict) else None
-    if type(number) is not int:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint of this project; use one written by train.py")
-    if number > FORMAT:
-        raise UserError(f"{path}: was written by a newer version (format {number}, this one reads up to {FORMAT})")
     for key, kind in _CONTENT.items():
-        if not isinstance(state.get(key), kind):
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
             raise DamagedCheckpoint(f"{path}: holds no usable {key!r}; expected a checkpoint written by train.py")
+    if state["format"] > FORMAT:
+        raise UserError(f"{path}: is of format {state['format']}, this version reads up to {FORMAT}")
 
 
 def _newest_first(folder: Path) -> list[Path]:

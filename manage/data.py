@@ -1,7 +1,7 @@
 """Config -> data sets and loaders, with every file checked before the first step."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -32,19 +32,16 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
             f"key 'root_data_dir': {config.data_dir} is not there. Prepare the data set "
             "(tools/prepare_pascal_part.py), or draw sample data: python tools/make_sample_data.py"
         )
-    if not config.images_dir.is_dir():
-        raise UserError(f"key 'img_dir': {config.images_dir} is not there; expected a folder of photos")
     encoding = load_encoding(config.labels_dir, hierarchy)
     ids = {split: read_split(config, split) for split in ("train", "val")}
     for split in splits:
         check_encoded(encoding, ids[split], config.ids_file(split), config.obey_exif, config.skip_unreadable)
-    if config.ids_file("train") != config.ids_file("val"):
-        shared = sorted(set(ids["train"]) & set(ids["val"]))
-        if shared:
-            raise UserError(
-                f"{len(shared)} ids are in both {config.ids_file('train')} and {config.ids_file('val')} (the first: "
-                f"{shared[0]}); scores on photos that were trained on mean nothing"
-            )
+    lists, shared = [config.ids_file(split) for split in ids], {*ids["train"]} & {*ids["val"]}
+    if shared and lists[0] != lists[1]:
+        raise UserError(
+            f"{len(shared)} ids are in both {lists[0]} and {lists[1]} (the first: {min(shared)}); scores on photos "
+            "that were trained on mean nothing"
+        )
     return encoding
 
 
@@ -58,19 +55,17 @@ class TrainLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Sample]:
-        ahead, batches = itertools.tee(self.batches)
+        yield from self.of(self.batches)
+
+    def of(self, batches: Iterable[Sequence[Draw]]) -> Iterator[Sample]:
+        """The views of any draws. Shape: image (B, 3, S, S), labels (B, S, S), index (B,)."""
+        ahead, batches = itertools.tee(batches)
         samples = self.store.read(draw.index for batch in ahead for draw in batch)
         for draws in batches:
             yield self._batch(draws, list(itertools.islice(samples, len(draws))))
 
-    def batch(self, draws: Sequence[Draw]) -> Sample:
-        """The views of any draws. Shape: image (B, 3, S, S), labels (B, S, S), index (B,)."""
-        return self._batch(draws, list(self.store.read(draw.index for draw in draws)))
-
     def _batch(self, draws: Sequence[Draw], samples: Sequence[Sample]) -> Sample:
-        views = [
-            self.views.draw(draw.seed, *sample.labels.shape[::-1]) for draw, sample in zip(draws, samples, strict=True)
-        ]
+        views = [self.views.draw(draw.seed, *s.labels.shape[::-1]) for draw, s in zip(draws, samples, strict=True)]
         images, labels = self.views.make([s.image for s in samples], [s.labels for s in samples], views)
         return Sample(images, labels, torch.tensor([s.index for s in samples]), [s.fault for s in samples])
 
@@ -97,21 +92,10 @@ def train_loader(
     """The loader of random views on `device`, and the sampler that says which epoch it reads."""
     if config.hflip > 0:
         hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
-    files = find_samples(read_split(config, "train"), config.images_dir, config.labels_dir, config.skip_unreadable)
-    views = RandomViews(
-        config.crop_size,
-        hierarchy.ignore_index,
-        config.short_side,
-        config.scale_jitter,
-        config.hflip,
-        config.rotation,
-        config.color_jitter,
-        mirror=None
-        if hierarchy.mirror is None
-        else torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)]),
-        device=device,
-    )
-    photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index)
+    jitter = (config.scale_jitter, config.hflip, config.rotation, config.color_jitter)
+    mirror = hierarchy.mirror and torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)])
+    views = RandomViews(config.crop_size, hierarchy.ignore_index, config.short_side, *jitter, mirror, device)
+    photos = _photos(config, hierarchy, read_split(config, "train"), native_labels=False)
     size = min(config.batch_size, max(1, len(photos) // (world * config.accumulate)))
     batches = EpochBatches(len(photos), size, config.seed, rank, world, config.accumulate)
     store = Store(photos, n_threads(config, without_gpu=1), ahead=4 * size)
@@ -122,10 +106,14 @@ def val_loader(
     config: Config, hierarchy: Hierarchy, ids: list[str], rank: int = 0, world: int = 1, device: torch.device = CPU
 ) -> ValLoader:
     """Whole photos on `device`; with several processes each photo belongs to exactly one of them."""
-    files = find_samples(ids, config.images_dir, config.labels_dir, config.skip_unreadable)
-    photos = Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, native_labels=True)
+    photos = _photos(config, hierarchy, ids, native_labels=True)
     threads, indices = n_threads(config, without_gpu=0), range(rank, len(photos), world)
     return ValLoader(Store(photos, threads, 4 * threads, len(indices)), indices, device)
+
+
+def _photos(config: Config, hierarchy: Hierarchy, ids: list[str], native_labels: bool) -> Photos:
+    files = find_samples(ids, config.images_dir, config.labels_dir, config.skip_unreadable)
+    return Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, native_labels)
 
 
 def n_threads(config: Config, without_gpu: int) -> int:
@@ -145,17 +133,12 @@ class Tolerance:
         self.limit, self.ids, self.faults = limit, ids, {}
 
     def check(self, index: int, fault: str) -> bool:
-        """Whether the photo can be used.
-
-        Raises: UserError when more than `limit` photos cannot be read.
-        """
-        if not fault:
-            return True
-        self.faults[self.ids[index]] = fault
-        if len(self.faults) > self.limit:
-            hint = "repair or remove it" if self.limit == 0 else f"skip_unreadable allows {self.limit}"
-            raise UserError(f"photo {self.ids[index]!r}: {fault} ({hint})")
-        return False
+        """Whether the photo can be used. Raises: UserError when more than `limit` photos cannot be read."""
+        if fault:
+            self.faults[self.ids[index]] = fault
+            if len(self.faults) > self.limit:
+                raise UserError(f"photo {self.ids[index]!r}: {fault}; repair or remove it, or raise skip_unreadable")
+        return not fault
 
     def report(self) -> None:
         for sample_id, fault in self.faults.items():

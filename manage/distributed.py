@@ -1,6 +1,7 @@
 """One process or many: the same calls, which do nothing when there is one."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
@@ -76,8 +77,6 @@ def on_main_only(action: Callable, *args) -> Any:
             result = action(*args)
         except UserError as error:
             fault = str(error)
-        except (FileExistsError, NotADirectoryError) as error:
-            fault = f"{error.filename}: a file is where a folder is to be made; move it, or choose another exp_name"
         except OSError as error:
             fault = f"{error.filename}: cannot be written ({error.strerror}); set root_dir to a folder you may write to"
     result, fault = gather((result, fault))[0]
@@ -113,6 +112,6 @@ def choose_device(name: str) -> torch.device:
 
 def means_lost_process(error: BaseException) -> bool:
     """Whether a collective call failed since another process has ended or hangs; gloo says so only in words."""
-    signs = ("connection closed", "connection reset", "broken pipe", "connection refused", "timed out waiting")
-    in_words = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    signs = "connection (closed|reset|refused)|broken pipe|timed out waiting"
+    in_words = isinstance(error, RuntimeError) and re.search(signs, str(error), re.IGNORECASE) is not None
     return dist.is_initialized() and (isinstance(error, dist.DistError) or in_words)

@@ -190,8 +190,8 @@ class EvaluationManager:
         notes = []
         if config.hierarchy_file.is_file():
             changes = tree_changes(self.hierarchy, Hierarchy.load(config.hierarchy_file))
-            if changes := [text for text in changes if not text.startswith("'name'")]:
-                notes.append(f"the config's tree is another one ({'; '.join(changes)}): scores are by the checkpoint's")
+            if changes := [part for part in changes if part != "name"]:
+                notes.append(f"the config's tree has other {', '.join(changes)}: scores are by the checkpoint's")
         for key, (ours, own) in differences(config, self.trained_with).items():
             is_given = getattr(self.options, key, None) is not None or ours == getattr(Config(), key)
             if key in OF_THE_NETWORK and not is_given:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -67,9 +68,9 @@ def _speaks_first() -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in the machine; CPU allocators say so only in words."""
-    signs = ("can't allocate memory", "not enough memory", "cannot allocate memory")
-    words = isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in signs)
-    return words or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    signs = "(not enough|n't allocate|not allocate) memory"
+    in_words = isinstance(error, RuntimeError | OSError) and re.search(signs, str(error), re.IGNORECASE) is not None
+    return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def one_line(error: Exception, config: Config, where: str) -> str:
@@ -84,5 +85,4 @@ def one_line(error: Exception, config: Config, where: str) -> str:
     file, reason = config.experiment_dir / "traceback.txt", (str(error).splitlines() or [""])[0]
     with contextlib.suppress(OSError):
         file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    hint = "; set compile=false" if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) else ""
-    return f"{where}: {type(error).__name__}: {reason} (see {file}){hint}"
+    return f"{where}: {type(error).__name__}: {reason} (see {file})"

@@ -33,8 +33,8 @@ class Learner:
         self.config, self.hierarchy, self.encoding, self.device = config, hierarchy, encoding, device
         self.amp = chosen_amp(device, config.amp)
         on_gpu_in_half = device.type == "cuda" and self.amp != "off"
-        self.is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
-        self.layout = torch.channels_last if self.is_channels_last else torch.preserve_format
+        is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
+        self.layout = torch.channels_last if is_channels_last else torch.preserve_format
         self.network = build_network(config, hierarchy, encoding.pixels).to(device, memory_format=self.layout)
         if config.sync_batchnorm:
             if device.type != "cuda":
@@ -58,9 +58,8 @@ class Learner:
         crop, stride = self.config.crop_size, self.network.stride
         if size * (crop // stride) ** 2 < 2 and not self.config.freeze_batchnorm:
             raise UserError(
-                f"keys 'batch_size' {size} and 'crop_size' {crop} leave one value a channel at the network's coarsest "
-                f"stage (stride {stride}), of which BatchNorm has no deviation; raise one of them, or set "
-                "freeze_batchnorm"
+                f"keys 'batch_size' {size} and 'crop_size' {crop} leave BatchNorm one value a channel (stride {stride})"
+                "; raise one of them, or set freeze_batchnorm"
             )
 
     def start(self) -> None:

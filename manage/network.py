@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from configs.config import Config, config_from_dict
-from manage.checkpoint import DamagedCheckpoint, load_checkpoint
+from manage.checkpoint import load_checkpoint
 from models.hseg import HSEG
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -56,8 +56,8 @@ def load_start_weights(network: HSEG, hierarchy: Hierarchy, config: Config, say=
         if config.encoder_weights is not None:
             path = config.root / os.path.expanduser(config.encoder_weights)
             if left_over := network.encoder.load_file(path):
-                shown = ", ".join(left_over[:4]) + (", ..." if len(left_over) > 4 else "")
-                say(f"{path}: all weights of {config.encoder} found; {len(left_over)} tensors left over ({shown})")
+                shown = f"{len(left_over)} tensors left over ({', '.join(left_over[:4])}, ...)"
+                say(f"{path}: all weights of {config.encoder} found; {shown}")
         elif config.pretrained:
             network.encoder.load_pretrained()
     except RuntimeError as error:
@@ -102,13 +102,10 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
 
     Raises: UserError naming what does not fit.
     """
-    try:
-        saved, tree, weights = state["config"], state["tree"], state["ema"] or state["model"]
-    except KeyError as error:
-        raise DamagedCheckpoint(f"{source}: lacks {error}; expected a checkpoint written by train.py") from None
-    config = config_from_dict(saved, f"{source}, its config", is_record=True)
-    hierarchy = Hierarchy.from_dict(tree, f"{source}, its tree")
-    last = weights.get("decoder.last.block.0.weight") if isinstance(weights, dict) else None
+    config = config_from_dict(state["config"], f"{source}, its config", is_record=True)
+    hierarchy = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
+    weights = state["ema"] or state["model"]
+    last = weights.get("decoder.last.block.0.weight")  # of version 0.1: a 1 x 1 convolution
     network = _assemble(config, hierarchy, subpixel=isinstance(last, Tensor) and last.shape[-1] == 1)
     load_weights(network, weights, source)
     return config, hierarchy, network.eval()
@@ -119,11 +116,9 @@ def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], source: s
 
     Raises: UserError when the checkpoint is of another architecture.
     """
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise DamagedCheckpoint(f"{source}: holds no weights (name -> tensor); expected a checkpoint of train.py")
     own = network.state_dict()
     weights = {key: own[key] for key in ("input_mean", "input_std") if key in own} | weights  # version 0.1 lacks them
-    wrong = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+    wrong = [key for key in own if getattr(weights.get(key), "shape", None) != own[key].shape]
     foreign = [key for key in weights if key not in own]
     if wrong or foreign:
         raise UserError(
@@ -135,17 +130,6 @@ def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], source: s
 
 def tree_changes(theirs: Hierarchy, ours: Hierarchy) -> list[str]:
     """In what two trees differ, beside colours: no score depends on these."""
-    then, now = _beside_nodes(theirs), _beside_nodes(ours)
-    changes = [f"{key!r} was {then[key]!r}, is {now[key]!r}" for key in then if then[key] != now[key]]
-    return changes + ["its nodes"] * (theirs.fingerprint != ours.fingerprint)
-
-
-def _beside_nodes(hierarchy: Hierarchy) -> dict:
-    """What a tree says beyond ids, names and parents of its nodes."""
-    return {
-        "name": hierarchy.name,
-        "ignore_index": hierarchy.ignore_index,
-        "levels": list(hierarchy.level_names),
-        "background": [hierarchy.names[v] for v in sorted(hierarchy.background)],
-        "mirror": {hierarchy.names[v]: name for v, name in hierarchy.mirrors.items()},
-    }
+    parts = {"nodes": "fingerprint", "levels": "level_names", "name": "name", "ignore_index": "ignore_index"}
+    parts |= {"background": "background", "mirrors": "mirrors"}
+    return [part for part, key in parts.items() if getattr(theirs, key) != getattr(ours, key)]

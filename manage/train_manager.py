@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import math
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ from manage.data import Tolerance, check_data, read_split, train_loader, val_loa
 from manage.evaluation_manager import Validation, validate
 from manage.experiment import (
     check_same_run,
-    command,
     create_experiment,
     open_experiment,
-    record_environment,
+    record_start,
+    resume_line,
     write_copies,
 )
 from manage.faults import one_line
@@ -96,16 +95,14 @@ class TrainManager:
         try:
             self._open(resume, overwrite, take_over)
             if self.epoch >= config.n_epochs:
-                if not (config.checkpoints_dir / "last.pt").is_file():  # it was damaged
-                    self.save("last")
                 say(f"experiment {config.exp_name!r} is finished ({config.n_epochs} epochs); n_epochs may grow")
                 return 0
             # nohup's wish not to hear SIGHUP is respected
             heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
             handlers = {number: signal.signal(number, self._on_signal) for number in heard}
             distributed.largest(0)  # all processes listen to signals before the first is told that the run goes on
-            photos = len(self.train_ids), len(self.val_ids)
             say(self.kept_photos)
+            photos = len(self.train_ids), len(self.val_ids)
             self.report.plan(photos, self.batches.batch_size, self.steps_per_epoch, self.warmup_epochs)
             return self._train()
         finally:
@@ -123,8 +120,6 @@ class TrainManager:
         if not is_new:
             distributed.on_main_only(open_experiment, config, self.lock, take_over)
             source = distributed.on_main_only(newest_valid, config.checkpoints_dir, say)
-            if source is None:
-                say("no checkpoint was written before the run ended; it starts from the beginning")
         elif resume is not None:
             source = find_checkpoint(resume, config.checkpoints_dir, config.root)
         if source is None:
@@ -138,7 +133,7 @@ class TrainManager:
         if is_new and source and not self.save("last"):  # first: a folder with a config is resumed from what it holds
             raise UserError(f"{config.checkpoints_dir}: the state taken over could not be written; free space")
         distributed.on_main_only(write_copies, config, self.hierarchy)
-        distributed.on_main_only(record_environment, config.experiment_dir, self.device, self.world)
+        distributed.on_main_only(record_start, config.experiment_dir, self.device, self.world)
         distributed.on_main_only(self.report.open, self.step, self.epoch)
 
     def _go_on_from(self, file: Path, is_new: bool) -> None:
@@ -146,25 +141,17 @@ class TrainManager:
 
         Raises: UserError where it is damaged, or of another config, tree, network or list of photos.
         """
-        config, state, source = self.config, load_checkpoint(file), str(file)
-        theirs = check_same_run(config, self.hierarchy, state, source, self._lists(), is_new)
+        state, source, photos = load_checkpoint(file), str(file), self.world * self.batches.batch_size
+        check_same_run(self.config, self.hierarchy, state, source, self._lists(), is_new)
         try:
             self.load_state(state, source)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); use another one") from None
         if state["world"] != self.world:
-            say(
-                f"{state['world']} processes before, {self.world} now: a step takes "
-                f"{self.world * self.batches.batch_size * config.accumulate} photos from here on"
-            )
-        if config.n_epochs > theirs.n_epochs:
-            say(
-                f"n_epochs {theirs.n_epochs} -> {config.n_epochs}: the {config.schedule} schedule is spread over all; "
-                f"lr goes on at {self._lr():.3g}"
-            )
-        done = f"epoch {self.epoch + 1}, batch {self.batch + 1}" if self.epoch < config.n_epochs else "its end"
-        say(f"resumed from {source} at {done}")
+            steps = f"a step takes {photos * self.config.accumulate} photos from here on"
+            say(f"{state['world']} processes before, {self.world} now: {steps}")
+        say(f"resumed from {source} at epoch {self.epoch + 1}, batch {self.batch + 1}")
 
     # --- running ---
     def _train(self) -> int:
@@ -186,32 +173,29 @@ class TrainManager:
         return 0
 
     def _train_epoch(self) -> None:
-        config = self.config
         self.batches.start_at(self.epoch, self.batch)
-        torch.backends.cudnn.benchmark = not config.deterministic  # all crops have one size
+        torch.backends.cudnn.benchmark = not self.config.deterministic  # all crops have one size
         self.learner.set_train_mode(self._is_frozen())
-        last_save = counted = began = time.monotonic()
-        seen = 0
-        shown = bar(self.batches.n_batches, self.batch, f"epoch {self.epoch + 1}/{config.n_epochs}")
-        for group in self._groups():
-            self.is_whole = False
-            self.train_step(group)
-            self.batch += len(group)
-            self.step += 1
-            self.is_whole = True
-            self._read_steps()
-            seen += len(group) * self.batches.batch_size * self.world
-            now = time.monotonic()
-            self.seconds, counted = self.seconds + now - counted, now
-            shown.set_postfix(loss=self.newest_loss, photos=f"{seen / (now - began):.1f}/s", refresh=False)
-            shown.update(len(group))
-            if self._stop_if_asked(wants_save=now - last_save > SAVE_EVERY_S):
-                last_save = now
-                self.save("last")
-        shown.close()
+        saved = counted = began = time.monotonic()
+        first = self.batch
+        with bar(self.batches.n_batches, self.batch, f"epoch {self.epoch + 1}/{self.config.n_epochs}") as shown:
+            for group in self._groups():
+                self.is_whole = False
+                self.train_step(group)
+                self.batch += len(group)
+                self.step += 1
+                self.is_whole = True
+                self._read_steps()
+                counted, before = time.monotonic(), counted
+                self.seconds += counted - before
+                shown.set_postfix(loss=self.newest_loss, refresh=False)
+                shown.update(len(group))
+                if self._stop_if_asked(wants_save=counted - saved > SAVE_EVERY_S):
+                    saved = counted
+                    self.save("last")
         self._read_steps(late=0)
-        self.seconds += time.monotonic() - counted
-        self.photos_per_second = seen / max(1e-9, time.monotonic() - began)
+        photos = (self.batch - first) * self.batches.batch_size * self.world
+        self.photos_per_second = photos / max(1e-9, time.monotonic() - began)
 
     def _groups(self) -> Iterator[list[Sample]]:
         """The batches of each optimiser step."""
@@ -255,22 +239,20 @@ class TrainManager:
 
     def _finish_epoch(self) -> None:
         """Validates, draws the curves, and saves."""
-        config, number = self.config, self.epoch + 1
-        is_last = number == config.n_epochs
+        config, number, result = self.config, self.epoch + 1, None
+        is_last, before = number == config.n_epochs, (self.best, self.best_epoch)
         record = {"epoch": number, "step": self.step, "lr": self.learner.optimizer.param_groups[0]["lr"]}
-        record["loss_train"] = float(self.loss_sum) / self.loss_steps if self.loss_steps else None
-        record["photos_per_second"] = self.photos_per_second
-        is_best, before, result = False, (self.best, self.best_epoch), None
+        record["loss_train"] = float(self.loss_sum) / self.loss_steps
+        record |= {"photos_per_second": self.photos_per_second, "train_seconds": self.seconds}
         if is_last or number % config.val_every == 0:
             result = self._validate()
             record |= result.scores
-            if is_best := self._is_best(result.scores):
-                self.best, self.best_epoch = result.scores[config.monitor.split()[1]], number
-        record["train_seconds"] = self.seconds
+        score = record.get(config.monitor.split()[1])
+        if is_best := self._is_best(score):
+            self.best, self.best_epoch = score, number
         self.report.epoch(record, result)
-        self.epoch, self.batch = number, 0
+        self.epoch, self.batch, self.loss_steps = number, 0, 0
         self.loss_sum.zero_()
-        self.loss_steps = 0
         is_kept = is_last or number % config.save_epoch == 0
         written = self.save(*["best"] * is_best, *[f"checkpoint_{number}"] * is_kept, "last")
         if is_best and "best" not in written:
@@ -289,12 +271,10 @@ class TrainManager:
         parts = (self.hierarchy, self.config, self.learner.criterion, self.val_tolerance)
         return validate(network, self.val_loader, *parts, shown, between=self._stop_if_asked)
 
-    def _is_best(self, scores: dict) -> bool:
-        direction, name = self.config.monitor.split()
-        value = scores[name]
-        if value is None or not math.isfinite(value):
+    def _is_best(self, score: float | None) -> bool:
+        if score is None or not math.isfinite(score):
             return False
-        return self.best is None or (value > self.best if direction == "max" else value < self.best)
+        return self.best is None or (score > self.best if self.config.monitor[:3] == "max" else score < self.best)
 
     def _lr(self) -> float:
         config, steps = self.config, self.steps_per_epoch
@@ -325,9 +305,8 @@ class TrainManager:
                 write_whole(data, folder / f"{name}.pt", folder / "previous.pt" if name == "last" else None)
                 written.append(name)
             keep_newest(folder, self.config.keep)
-        except (OSError, UserError) as error:
-            reason = getattr(error, "strerror", None) or error
-            say(f"warning: no checkpoint could be written in {folder} ({reason}); the older ones stand")
+        except OSError as error:
+            say(f"warning: no checkpoint could be written in {folder} ({error.strerror}); the older ones stand")
         return written
 
     def state(self) -> dict:
@@ -340,7 +319,6 @@ class TrainManager:
             "config": self.config.to_dict(),
             "tree": self.hierarchy.to_dict(),
             **self._lists(),
-            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
         }
 
     def load_state(self, state: dict, source: str) -> None:
@@ -372,8 +350,7 @@ class TrainManager:
             saved = self.save("last")
         except UserError as worse:
             return str(worse)
-        resume = command("train.py", self.config, "--resume")
-        return f"{text}. All steps before it are saved; go on with: {resume}" if saved else text
+        return f"{text}. All steps before it are saved; {resume_line(self.config)}" if saved else text
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.signal is not None:  # the second one ends at once

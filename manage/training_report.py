@@ -14,7 +14,7 @@ from tqdm import tqdm
 from configs.config import Config, differences
 from manage import distributed
 from manage.evaluation_manager import Validation
-from manage.experiment import command
+from manage.experiment import command, resume_line
 from manage.inference import chosen_amp
 from utils.cli import duration, progress
 from utils.files import write_whole
@@ -22,7 +22,7 @@ from utils.hierarchy import Hierarchy
 
 LAYOUT = {"training": {"loss": ["Multiline", ["loss_train", "loss_val"]], "mIoU": ["Multiline", [r"^mIoU\d+$"]]}}
 FIRST = ("criterion", "decode", "encoder", "lr", "seed")  # in the table of HParams
-PLACES = {"exp_name", "root_dir", "root_data_dir", "device", "num_workers"}  # say nothing there
+PLACES = ("exp_name", "root_dir", "root_data_dir", "device", "num_workers")  # say nothing there
 
 
 def say(text: str) -> None:
@@ -45,24 +45,25 @@ class TrainingReport:
 
     def __init__(self, config: Config, hierarchy: Hierarchy, device: torch.device) -> None:
         self.config, self.hierarchy, self.device = config, hierarchy, device
-        self.writer, self.is_silent, self.is_warned = None, False, False
+        self.writer, self.is_silent = None, False
         self.file, self.lines = config.experiment_dir / "metrics.jsonl", []
-        self.start_clock(0.0)
 
     def open(self, step: int, epoch: int) -> None:
         """Goes on after a step and an epoch; hides what an earlier process drew beyond. Raises: OSError."""
         if self.file.is_file():
-            lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
-            self.lines = [line for line in lines if _epoch_of(line) <= epoch]
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            self.lines = [line for line in lines if json.loads(line)["epoch"] <= epoch]
         self.writer = SummaryWriter(str(self.config.tensorboard_dir), purge_step=step + 1)
-        self._try("add_custom_scalars", LAYOUT)
+        self._try(self.writer.add_custom_scalars, LAYOUT)
 
     def flush(self) -> None:
         """Before a checkpoint: what it stands for must not be lost after it."""
-        self._try("flush")
+        if self.writer is not None:
+            self._try(self.writer.flush)
 
     def close(self) -> None:
-        self._try("close")
+        if self.writer is not None:
+            self._try(self.writer.close)
 
     def start_clock(self, epochs_done: float) -> None:
         self.began, self.begun_at = time.monotonic(), epochs_done
@@ -84,27 +85,29 @@ class TrainingReport:
             say("compiling takes a minute or two before the first step")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._try("add_scalar", name, value, step)
+        for name, value in values.items() if self.writer is not None else ():
+            self._try(self.writer.add_scalar, name, value, step)
 
     def epoch(self, record: dict, result: Validation | None) -> None:
         """One epoch: its curves, its line of metrics.jsonl, its line on screen."""
         number, config = record["epoch"], self.config
-        if result is not None:
-            self._draw(result, number)
-        curves = self._epoch_curves(record)
+        curves = {_curve(key): value for key, value in record.items() if self._is_drawn(key) and value is not None}
+        curves = {key: value if key.startswith("loss") else 100 * value for key, value in curves.items()}
         self.scalars(curves, number)
-        self.lines.append(json.dumps(record))
-        self._try(write_whole, "\n".join(self.lines) + "\n", self.file)
-        scores = [_score(name.removeprefix("val/"), value) for name, value in curves.items() if "train/" not in name]
         left = config.n_epochs - number
+        if self.writer is not None:
+            self.lines.append(json.dumps(record))
+            self._try(write_whole, "\n".join(self.lines) + "\n", self.file)
+            if result is not None:
+                self._draw(result, number)
+            for summary in summarise_hparams(what_tells_apart(config), dict.fromkeys(curves, 0.0)) if not left else ():
+                self._try(self.writer.file_writer.add_summary, summary)
         seconds = (time.monotonic() - self.began) / max(1e-9, number - self.begun_at) * left
         end = [f"{record['photos_per_second']:.1f} photos/s", *[f"{duration(seconds)} left"] * bool(left)]
+        scores = [_score(name.removeprefix("val/"), value) for name, value in curves.items()]
         say("  ".join([f"epoch {number}/{config.n_epochs}", *scores, *end]))
-        if not left and self.writer is not None:
-            plain = {k: v if type(v) in (int, float, str) else str(v) for k, v in what_tells_apart(config).items()}
-            for summary in summarise_hparams(plain, {name: 0.0 for name in curves if "/" not in name}):
-                self._try(self.writer.file_writer.add_summary, summary)
+        if result is not None:
+            self._warn_of_background(result)
 
     def end(self, best: float | None, epoch: int | None) -> None:
         config = self.config
@@ -115,49 +118,32 @@ class TrainingReport:
         say(f"done, {score}; all is in {config.experiment_dir}. Score it: {scoring}")
 
     def farewell(self, number: int, step: int, is_saved: bool) -> None:
-        name = signal.Signals(number).name
-        if is_saved:
-            resume = command("train.py", self.config, "--resume")
-            say(f"stopped by {name} after step {step}; all is saved. Go on with: {resume}")
-        else:
-            say(f"stopped by {name}; the newest checkpoint could not be written, the one before stands")
+        end = f"all is saved; {resume_line(self.config)}" if is_saved else "nothing could be saved since the last save"
+        say(f"stopped by {signal.Signals(number).name} after step {step}; {end}")
 
-    def _epoch_curves(self, record: dict) -> dict[str, float]:
-        """Losses, and the wanted scores in percent."""
-        curves = {}
-        for key, value in record.items():
-            if not isinstance(value, int | float):
-                continue
-            metric = "mIoU_with_background" if key.endswith("_with_background") else key.rstrip("0123456789")
-            if key in ("loss_train", "loss_val"):
-                curves[key] = value
-            elif metric in self.config.metrics:
-                curves[key if "mIoU" in metric else f"val/{key}"] = 100 * value
-        curves["train/photos_per_second"] = record["photos_per_second"]
-        if self.device.type == "cuda":
-            curves["train/memory_GiB"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return curves
+    def _is_drawn(self, key: str) -> bool:
+        """Losses, and the wanted scores at every level."""
+        metric = "mIoU_with_background" if key.endswith("_with_background") else key.rstrip("0123456789")
+        return key in ("loss_train", "loss_val") or metric in self.config.metrics
 
     def _draw(self, result: Validation, epoch: int) -> None:
         for name, picture in result.pictures.items():
-            self._try("add_image", f"val_pictures/{name}", picture, epoch, None, "HWC")
+            self._try(self.writer.add_image, f"val_pictures/{name}", picture, epoch, None, "HWC")
         self.scalars({f"val_IoU_level{lv}/{n}": 100 * v for lv, n, v in result.per_class if v is not None}, epoch)
+
+    def _warn_of_background(self, result: Validation) -> None:
         background = {self.hierarchy.names[v] for v in self.hierarchy.background}
         parts = [value for level, name, value in result.per_class if level == 1 and name not in background]
-        if background and not any(parts) and not (self.is_warned and epoch < self.config.n_epochs):
-            self.is_warned = True
+        if background and not any(parts):
             say(
                 "warning: not one pixel of a part is found, all is background. Usual causes: too few steps so far; lr "
                 "too high or too low (sgd 0.01, adam and adamw 0.001); masks of another class order (look at "
                 "val_pictures in TensorBoard)"
             )
 
-    def _try(self, action: str | Callable, *arguments) -> None:
-        """A method of TensorBoard's writer by name, or a function."""
-        if self.writer is None:
-            return
+    def _try(self, action: Callable, *arguments) -> None:
         try:
-            (getattr(self.writer, action) if isinstance(action, str) else action)(*arguments)
+            action(*arguments)
         except OSError as error:
             if not self.is_silent:
                 print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
@@ -169,17 +155,13 @@ def what_tells_apart(config: Config) -> dict:
 
     TensorBoard sorts by name and shows five columns at first, so these five begin with a space.
     """
-    values, changed = config.to_dict(), differences(config, Config())
-    others = {key: values[key] for key in changed if key not in PLACES and key not in FIRST}
-    return {f" {key}": values[key] for key in FIRST} | others
+    values = {key: ours for key, (ours, _) in differences(config, Config()).items() if key not in PLACES}
+    values |= {f" {key}": values.pop(key, getattr(config, key)) for key in FIRST}
+    return {key: value if type(value) in (int, float, str) else str(value) for key, value in values.items()}
 
 
-def _epoch_of(line: str) -> float:
-    """Beyond all where the line is torn."""
-    try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _curve(key: str) -> str:
+    return key if key.startswith(("loss", "mIoU")) else f"val/{key}"
 
 
 def _score(name: str, value: float) -> str:

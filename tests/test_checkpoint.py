@@ -86,27 +86,14 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("key", ["model", "config", "tree", "epoch", "format"])
-def test_a_whole_file_that_lacks_something_is_no_checkpoint(tmp_path, key):
-    torch.save(STATE | {"format": FORMAT} | {key: "nonsense"}, tmp_path / "a.pt")
-    with pytest.raises(DamagedCheckpoint, match=key if key != "format" else "not a checkpoint"):
-        load_checkpoint(tmp_path / "a.pt")
+def test_a_whole_file_that_lacks_something_is_no_checkpoint(tmp_path):
+    for key in ("model", "config", "tree", "epoch", "format"):
+        torch.save(STATE | {"format": FORMAT} | {key: "nonsense"}, tmp_path / "a.pt")
+        with pytest.raises(DamagedCheckpoint, match=f"no usable '{key}'"):
+            load_checkpoint(tmp_path / "a.pt")
     torch.save(STATE | {"format": FORMAT + 1}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=rf"newer version \(format {FORMAT + 1}, this one reads up to {FORMAT}\)"):
+    with pytest.raises(UserError, match=f"is of format {FORMAT + 1}, this version reads up to {FORMAT}"):
         load_checkpoint(tmp_path / "a.pt")
-
-
-def test_a_failing_disk_leaves_the_old_file_and_no_other(tmp_path):
-    before = write(tmp_path / "a.pt")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write(tmp_path / "a.pt", epoch=4)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert (tmp_path / "a.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 NO_SYNC = """

@@ -182,5 +182,5 @@ def test_bad_photos_are_counted_once_each_and_limited():
     tolerance = Tolerance(1, ["a", "b"])
     assert not tolerance.check(0, "damaged")
     assert not tolerance.check(0, "damaged")
-    with pytest.raises(UserError, match=r"'b'.*skip_unreadable allows 1"):
+    with pytest.raises(UserError, match=r"'b'.*raise skip_unreadable"):
         tolerance.check(1, "damaged")

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from tests.conftest import REPO
 from tests.factory import Child, write_config
 
 pytestmark = pytest.mark.slow
-PATIENCE = 400  # seconds; it takes a few, but machines can be busy
 
 
 @pytest.fixture
@@ -39,17 +37,26 @@ def weights(cfg: Path, name: str, checkpoint: str = "last") -> dict[str, torch.T
 
 
 # --- without torchrun, whose variables are all that processes need: they start in no time ---
-def computed(processes: int, script: str, cfg: Path, *arguments, status: int = 0) -> str:
-    """What processes print that know of each other."""
+def started(processes: int, script: str, cfg: Path, *arguments) -> list[Child]:
+    """Processes that know of each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    children = [
-        Child(script, "--cfg", cfg, *arguments, log=log, prepare=(be_rank, rank, processes, port))
-        for rank, log in enumerate(cfg.with_name(f"rank{rank}-{port}.txt") for rank in range(processes))
+    logs = [cfg.with_name(f"rank{rank}-{port}.txt") for rank in range(processes)]
+    ranks = [(be_rank, rank, processes, port) for rank in range(processes)]
+    return [
+        Child(script, "--cfg", cfg, *arguments, log=log, prepare=rank) for log, rank in zip(logs, ranks, strict=True)
     ]
-    assert [child.wait() for child in children] == [status] * processes, [child.output for child in children]
+
+
+def ended(children: list[Child], status: int = 0) -> str:
+    """What they have printed."""
+    assert [child.wait() for child in children] == [status] * len(children), [child.output for child in children]
     return "".join(child.output for child in children)
+
+
+def computed(processes: int, script: str, cfg: Path, *arguments, status: int = 0) -> str:
+    return ended(started(processes, script, cfg, *arguments), status)
 
 
 def be_rank(rank: int, world: int, port: int) -> None:
@@ -100,86 +107,20 @@ def test_a_loss_that_is_not_finite_names_the_photos_of_all_processes(config_file
     assert set(ids) <= set((sample_data / "train_id.txt").read_text().split())
 
 
-# --- with torchrun ---
-class Launched:
-    """Two processes of train.py in the background; killed at the end whatever happens."""
-
-    def __init__(self, cfg: Path, *arguments) -> None:
-        self.log = cfg.with_name(f"output-{time.monotonic_ns()}.txt")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [sys.executable, *launcher, str(REPO / "train.py"), "--cfg", str(cfg), *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with open(self.log, "w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-
-    def __enter__(self) -> "Launched":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-    def end(self) -> str:
-        """Waits for the end and returns all it has said."""
-        self.process.wait(PATIENCE)
-        return self.log.read_text()
-
-    def fault(self) -> str:
-        """The error that ends it: told once, at the end of torchrun's own thirty lines."""
-        output = self.end()
-        assert self.process.returncode != 0
-        *_, last, ruler = output.strip().splitlines()
-        assert last.startswith("  error: "), output
-        assert set(ruler) == {"="}
-        assert output.count("error: ") == 1, output
-        return last
-
-    def wait_for(self, condition) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.05)
-
-    def wait_for_words(self, text: str) -> None:
-        self.wait_for(lambda: text in self.log.read_text())
-
-    def pid_of_rank(self, rank: int) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        marked = f"RANK={rank}".encode()
-        return next(int(pid) for pid in children if marked in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-
-
-def test_a_fault_in_one_process_ends_all_and_is_told_once(config_file, sample_data, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(sample_data, data)
-    damaged = (data / "train_id.txt").read_text().split()[0]
-    next((data / "JPEGImages").glob(f"{damaged}.*")).write_bytes(b"not a photo")
-    with Launched(config_file(exp_name="faulty", batch_size=3, root_data_dir=str(data))) as run:
-        assert damaged in run.fault()
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_hanging_process_ends_the_run_and_it_resumes(config_file, number):
-    cfg = config_file(exp_name="hurt", n_epochs=500, batch_size=1, num_workers=1, timeout_minutes=0.1)
-    with Launched(cfg) as run:
-        run.wait_for((folder(cfg, "hurt") / "models_checkpoints" / "last.pt").exists)
-        hurt = run.pid_of_rank(1)
-        os.kill(hurt, number)
-        if number == signal.SIGSTOP:
-            run.wait_for_words("closing signal SIGTERM")  # which a stopped process does not hear
-            os.kill(hurt, signal.SIGKILL)
-        assert "a process of this run is gone or hangs" in run.fault()
-    if number == signal.SIGKILL:
-        with Launched(cfg, "--resume") as run:
-            run.wait_for_words("experiment 'hurt'")
-            run.process.send_signal(signal.SIGTERM)  # torchrun passes it on to all
-            output = run.end()
-        assert (output.count("resumed from"), output.count("stopped by SIGTERM")) == (1, 1), output
-        assert "error: " not in output
+    cfg = config_file(exp_name="hurt", n_epochs=500, batch_size=1, num_workers=1, timeout_minutes=0.05)
+    told, hurt = started(2, "train.py", cfg)
+    told.wait_for("epoch 1/500")
+    os.kill(hurt.process.pid, number)
+    assert "a process of this run is gone or hangs" in ended([told], 2)
+    hurt.process.kill()
+    children = started(2, "train.py", cfg, "--resume")
+    children[0].wait_for("experiment 'hurt'")
+    for child in children:  # as torchrun does, which passes the signal on to all
+        os.kill(child.process.pid, signal.SIGTERM)
+    output = ended(children, 128 + signal.SIGTERM)
+    assert (output.count("resumed from"), output.count("stopped by SIGTERM")) == (1, 1), output
 
 
 def test_a_run_of_two_processes_goes_on_with_one(config_file):
@@ -187,3 +128,20 @@ def test_a_run_of_two_processes_goes_on_with_one(config_file):
     computed(2, "train.py", slim)
     output = computed(1, "train.py", slim, "n_epochs=2", "--resume")
     assert "2 processes before, 1 now: a step takes 1 photos from here on" in output
+
+
+def test_with_torchrun_a_fault_ends_all_and_is_told_once_at_the_end_of_its_report(config_file, sample_data, tmp_path):
+    shutil.copytree(sample_data, tmp_path / "data")
+    damaged = (sample_data / "train_id.txt").read_text().split()[0]
+    next((tmp_path / "data" / "JPEGImages").glob(f"{damaged}.*")).write_bytes(b"not a photo")
+    cfg = config_file(exp_name="faulty", batch_size=3, root_data_dir="data")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(REPO / "train.py"), "--cfg", str(cfg)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode != 0
+    *_, last, ruler = done.stdout.strip().splitlines()
+    assert last.startswith("  error: "), done.stdout
+    assert damaged in last
+    assert set(ruler) == {"="}
+    assert done.stdout.count("error: ") == 1, done.stdout

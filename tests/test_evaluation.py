@@ -113,7 +113,7 @@ def test_a_tree_that_differs_in_what_moves_scores_is_said(config, tmp_path, tree
     Path(config.hierarchy).write_text(json.dumps(changed))
     evaluate(config)
     said = capsys.readouterr().out
-    assert "note: the config's tree is another one ('background' was ['background'], is [])" in said
+    assert "note: the config's tree has other background: scores are by the checkpoint's" in said
     assert "another name" not in said
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -37,11 +37,8 @@ def duration(seconds: float) -> str:
 
 
 def progress(items: Iterable | None = None, **options) -> tqdm:
-    """tqdm on stderr; where that is no terminal, a whole line every half minute instead of ten times a second."""
-    if sys.stderr.isatty():
-        return tqdm(items, mininterval=0.2, **options)
-    line = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed}, {remaining} left{postfix}"
-    return tqdm(items, **{"mininterval": 30, "delay": 30, "bar_format": line, "file": _Lines(sys.stderr)} | options)
+    """tqdm on stderr; none where that is no terminal, so that a log file holds no fragments of bars."""
+    return tqdm(items, mininterval=0.2, **options | {"disable": options.get("disable") or None})
 
 
 def cores() -> int:
@@ -54,17 +51,3 @@ def map_files(function: Callable[[Item], Result], items: Sequence[Item], what: s
     with ThreadPoolExecutor(cores()) as pool:
         done = pool.map(function, items)
         return list(progress(done, total=len(items), desc=what, unit="file", disable=not items))
-
-
-class _Lines:
-    """A log file for tqdm, which paints over its line: whole lines instead."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> None:
-        if words := text.replace("\x1b[A", "").strip("\r\n "):  # without moves of the cursor
-            self.stream.write(words + "\n")
-
-    def flush(self) -> None:
-        self.stream.flush()

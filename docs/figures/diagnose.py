@@ -125,7 +125,7 @@ def read_views(points: Sequence[Point], count: int, seed: int) -> list[tuple[Ten
     order = torch.randperm(len(loader.store.photos), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     batches = []
     for i in progress(range(0, len(order), BATCH), desc="photos", leave=False):
-        batch = loader.batch([Draw(index, mix(seed, index)) for index in order[i : i + BATCH]])
+        batch = next(loader.of([[Draw(index, mix(seed, index)) for index in order[i : i + BATCH]]]))
         for index, fault in zip(batch.index.tolist(), batch.fault, strict=True):
             if fault:
                 raise UserError(f"photo {read_split(config, 'train')[index]!r}: {fault}")
