@@ -1,27 +1,24 @@
 """The runner of experiments: what is refused, chosen and skipped, and real tiny runs that are cut off and go on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from configs.config import DECODE_RULES, load_config
 from tests.factory import REPO, make_data, write_config
 from tests.test_compare import fake_experiment
 from tools import experiment as tool
-from tools.experiment import Job, choices, final_runs
-from tools.experiment_runs import Entry, Run, read_entries
+from tools.experiment import Runner, choices, final_runs
+from tools.experiment_runs import Entry, read_entries
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-
-SHIPPED = sorted((REPO / "configs" / "experiments").glob("*.json"))
 
 
 def write_runs(folder: Path, *entries: dict, **keys) -> Path:
@@ -35,63 +32,47 @@ def entry(tmp_path: Path, **keys) -> dict:
     return {"name": "bce", "cfg": "configs/quickstart.json", "overrides": overrides, "seeds": [0, 1]} | keys
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_files_are_valid_and_no_configs(path: Path) -> None:
-    assert read_entries(path)
-    with pytest.raises(UserError, match="unknown key"):
-        load_config(path)
-
-
-def test_the_arguments_of_a_run_give_back_its_config(tmp_path: Path) -> None:
-    overrides = {"root_dir": str(tmp_path), "criterion": {"tree_min": 1, "bce": 0.5}, "short_side": None}
-    (runs,) = [e.finals({}) for e in read_entries(write_runs(tmp_path, entry(tmp_path, overrides=overrides)))]
-    assert names(runs) == ["trial_bce_seed0", "trial_bce_seed1"]
-    for run in runs:
+@pytest.mark.parametrize("path", sorted((REPO / "configs/experiments").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_files_are_valid_and_the_arguments_of_a_run_give_back_its_config(path: Path) -> None:
+    for run in [
+        run for e in read_entries(path) for run in (*e.tries(), *e.finals({"criterion": {"ce": 1, "bce": 0.5}}))
+    ]:
         _, cfg, *given = run.arguments
         assert load_config(REPO / cfg, given) == run.config
+    with pytest.raises(UserError, match="unknown key"):
+        load_config(path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seeds": []}, r"runs\[0\]: 'seeds' is \[\]; expected a list of different whole numbers"),
-        ({"seeds": [0, 0]}, "list of different whole numbers"),
-        ({"seeds": [True]}, "list of different whole numbers"),
-        ({"seeds": [-1]}, "run 'bce': .*key 'seed': expected at least 0"),
+        ({"seeds": [0, 0]}, "two runs would be 'trial_bce_seed0'"),
+        ({"seeds": [-1]}, "run 'bce': .*key 'seed'"),
+        ({"seeds": 3}, r"runs\[0\]: 'seeds' is 3; python tools/experiment.py --help"),
         ({"seed": [0]}, "unknown key 'seed'; known keys are cfg, name, overrides, search, seeds"),
-        ({"name": "a/b"}, "'name' is 'a/b'"),
-        ({"overrides": {"seed": 1}}, "other than exp_name and seed"),
+        ({"name": "a/b"}, "'exp_name'"),
+        ({"overrides": {"seed": 1}}, "'overrides' is {'seed': 1}"),
         ({"overrides": {"lrr": 1}}, "run 'bce': .*unknown key 'lrr'; did you mean 'lr'"),
         ({"search": {"lrr": [1]}}, "unknown key 'lrr'"),
-        ({"search": {"lr": 0.1}}, "'search' is .*; expected values to try"),
+        ({"search": {"lr": 0.1}}, "'search' is "),
         ({"search": "ce"}, "'search' is 'ce', no run that searches"),
         ({"cfg": "configs/nothing.json"}, "no such file"),
-        ({"cfg": "configs/experiments/losses_cpu.json"}, "unknown key 'cfg'"),
-        ({"cfg": 3}, "expected the path of a config"),
     ],
 )
 def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_entries(write_runs(tmp_path, entry(tmp_path) | change))
+    with pytest.raises(UserError, match="at least one run"):
+        read_entries(write_runs(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([], "expected a JSON object with the keys cfg, overrides, runs, search, seeds"),
-        ({"runs": []}, "at least one run"),
-        ({}, "is missing the key 'runs'"),
-        ({"runs": [{"name": "a", "cfg": "configs/quickstart.json", "seeds": [0]}] * 2}, "two runs have this name"),
-    ],
-)
-def test_mistakes_of_the_whole_file_are_named(tmp_path: Path, content, message: str) -> None:
-    (tmp_path / "trial.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
-        read_entries(tmp_path / "trial.json")
-
-
-def names(runs: list[Run]) -> list[str]:
-    return [run.config.exp_name for run in runs]
+def test_what_stands_beside_the_runs_holds_for_all_and_a_run_adds_to_it(tmp_path: Path) -> None:
+    shared = entry(tmp_path, search={"lr": [0.1]}, overrides={"n_epochs": 3, "lr": 0.2})
+    del shared["name"]
+    runs = [{"name": "a"}, {"name": "b", "overrides": {"lr": 0.3}, "seeds": [7], "search": None}]
+    a, b = read_entries(write_runs(tmp_path, *runs, **shared))
+    assert (a.seeds, a.search, a.overrides) == ([0, 1], {"lr": [0.1]}, {"n_epochs": 3, "lr": 0.2})
+    assert (b.seeds, b.search, b.overrides) == ([7], None, {"n_epochs": 3, "lr": 0.3})
 
 
 def searching(tmp_path: Path) -> list[Entry]:
@@ -113,7 +94,7 @@ def test_the_better_rate_and_rule_are_chosen_once_all_tries_are_scored(tmp_path:
         path.write_text(json.dumps(record))
     assert bce.choice() == {"lr": 0.002, "decode": "leaf", "root_bias": {}}
     runs = final_runs([bce, ce], choices([bce, ce]))
-    assert names(runs) == ["trial_bce_seed0", "trial_ce_seed4", "trial_bce_seed1"]
+    assert [run.config.exp_name for run in runs] == ["trial_bce_seed0", "trial_ce_seed4", "trial_bce_seed1"]
     assert {(run.config.lr, run.config.decode, run.config.train_sample_ids_file) for run in runs} == {
         (0.002, "leaf", "train_id.txt")
     }
@@ -133,15 +114,6 @@ def test_tries_train_without_a_sixth_and_are_scored_on_it(tmp_path: Path) -> Non
     assert [*(tmp_path / "data").iterdir()] == [tmp_path / "data" / "train_id.txt"]  # it may be read-only
 
 
-def test_what_stands_beside_the_runs_holds_for_all_and_a_run_adds_to_it(tmp_path: Path) -> None:
-    shared = entry(tmp_path, search={"lr": [0.1]}, overrides={"n_epochs": 3, "lr": 0.2})
-    del shared["name"]
-    runs = [{"name": "a"}, {"name": "b", "overrides": {"lr": 0.3}, "seeds": [7], "search": None}]
-    a, b = read_entries(write_runs(tmp_path, *runs, **shared))
-    assert (a.seeds, a.search, a.overrides) == ([0, 1], {"lr": [0.1]}, {"n_epochs": 3, "lr": 0.2})
-    assert (b.seeds, b.search, b.overrides) == ([7], None, {"n_epochs": 3, "lr": 0.3})
-
-
 def finished(tmp_path: Path, tree: Hierarchy, **changes) -> Entry:
     """The scores of seed 0 at its last epoch, with some values of scores.json changed."""
     folder = fake_experiment(tmp_path, tree, "trial_bce_seed0", 0.5, evaluation="last")
@@ -149,9 +121,8 @@ def finished(tmp_path: Path, tree: Hierarchy, **changes) -> Entry:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (tmp_path / "defaults.json").write_text("{}")
     overrides = {"root_dir": str(tmp_path), "n_epochs": 3}
-    return read_entries(
-        write_runs(tmp_path, entry(tmp_path, cfg=str(tmp_path / "defaults.json"), overrides=overrides))
-    )[0]
+    runs = write_runs(tmp_path, entry(tmp_path, cfg=str(tmp_path / "defaults.json"), overrides=overrides))
+    return read_entries(runs)[0]
 
 
 def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(tmp_path: Path, tree: Hierarchy) -> None:
@@ -162,13 +133,6 @@ def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(t
         own.finals({"lr": 0.5})[0].scored()
     assert finished(tmp_path / "b", tree, epoch=2).finals({})[0].scored() is None
     assert finished(tmp_path / "c", tree, root_bias={"body": 0.5}).finals({})[0].scored() is None
-    few = own.run("few", {"n_val_photos": 7})
-    train, evaluate = Job(few, 1, tmp_path).commands  # goes on from its checkpoint if there is one
-    assert (train[0], *train[-2:]) == ("train.py", "--resume", "auto")
-    assert [[text for text in command if "n_val" in text] for command in (train, evaluate)] == [
-        ["n_val_photos=7"],
-        ["n_val_photos=null"],  # which are all
-    ]
 
 
 def test_a_report_holds_what_is_finished_and_counts_the_rest(tmp_path: Path, tree: Hierarchy, monkeypatch) -> None:
@@ -182,50 +146,56 @@ def test_a_report_holds_what_is_finished_and_counts_the_rest(tmp_path: Path, tre
     assert json.loads((tmp_path / "docs" / "experiments.json").read_text())["groups"]["bce"][0]["seed"] == 0
 
 
-def start(path: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, str(REPO / "tools" / "experiment.py"), str(path), "--out", str(path.parent / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+def fake_run(folder: Path, name: str, code: str) -> SimpleNamespace:
+    """A run whose training is some code of Python's, and which has no evaluation."""
+    config, is_scored = SimpleNamespace(exp_name=name, experiment_dir=folder / name), iter([None, True])
+    commands, scored = [["-c", code]], is_scored.__next__  # not before, but after
+    return SimpleNamespace(config=config, scored=scored, commands=lambda take_over: commands, tidy=lambda: None)
 
 
-def epochs(root: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in root.glob("experiments/*/metrics.jsonl"))
+def when(is_true, action) -> None:
+    """Waits beside the test, then acts."""
+
+    def wait() -> None:
+        while not is_true():
+            time.sleep(0.02)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_run_that_fails_stops_no_other_and_a_signal_ends_what_runs_and_starts_no_more(tmp_path: Path) -> None:
+    runner = Runner(2, tmp_path, take_over=False)
+    runner.run([fake_run(tmp_path, "bad", "exit(3)"), fake_run(tmp_path, "good", "print('well')")])
+    assert runner.faults == [f"bad: ended with status 3, see {tmp_path / 'bad.log'}"]
+    assert (tmp_path / "good.log").read_text().endswith("\nwell\n")
+    runner, log = Runner(1, tmp_path, take_over=False), tmp_path / "first.log"
+    runs = [
+        fake_run(tmp_path, "first", "import time; print(1, flush=True); time.sleep(99)"),
+        fake_run(tmp_path, "b", ""),
+    ]
+    when(lambda: log.exists() and log.read_text().endswith("\n1\n"), lambda: runner.stop(signal.SIGTERM, None))
+    with pytest.raises(SystemExit) as stopped:
+        runner.run(runs)
+    assert stopped.value.code == 143
+    assert (tmp_path / "b.log").read_text() == ""
 
 
 @pytest.mark.slow
-def test_a_runner_that_is_stopped_and_killed_goes_on_and_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
-    """Stopped, its trainings save and end; killed, they go on alone, and the next runner waits for them."""
+def test_a_training_outlives_a_killed_runner_and_the_next_one_waits_for_it_and_finishes(tmp_path: Path, monkeypatch):
     make_data(tmp_path / "data", train=12, val=2)
-    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=4, encoder="mobilenet_v3_small")
-    runs = [
-        {"name": "tm", "search": {"lr": [0.001]}},
-        {"name": "bad", "overrides": {"val_sample_ids_file": "nothing.txt"}},
-        {"name": "ce", "overrides": {"criterion": "ce"}},
-    ]
-    path = write_runs(tmp_path, *runs, cfg=str(cfg), seeds=[0])
-    for end, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        before, runner = epochs(tmp_path), start(path)
-        while epochs(tmp_path) == before and runner.poll() is None:
-            time.sleep(0.02)
-        if end is signal.SIGTERM:
-            with pytest.raises(UserError, match="is in use by process"):
-                tool.run_all(Namespace(file=path, take_over=False), read_entries(path))
-        runner.send_signal(end)
-        output, _ = runner.communicate(timeout=120)
-        assert runner.returncode == status, output
-    runner = start(path, "--jobs", "2")
-    output, _ = runner.communicate(timeout=240)
-    assert runner.returncode == 1, output
-    assert "trial_bad_seed0: ended with status 2, see" in output
-    assert "finished trial_ce_seed0" in output
-    assert epochs(tmp_path) == 12  # of the try and of two runs; none was counted twice
+    cfg = write_config(tmp_path, tmp_path / "data", n_epochs=2, encoder="mobilenet_v3_small", val_every=2)
+    path = write_runs(tmp_path, {"name": "tm", "search": {"lr": [0.001]}}, cfg=str(cfg), seeds=[0])
+    arguments = [str(path), "--out", str(tmp_path / "out")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("sys.argv", ["experiment.py", *arguments])
+    with subprocess.Popen([sys.executable, REPO / "tools/experiment.py", *arguments], cwd=REPO) as runner:
+        when(lambda: any(tmp_path.glob("experiments/*/.owner.json")), runner.kill)  # a training has begun
+    assert tool.main() == 0
+    lines = [file.read_text().splitlines() for file in tmp_path.glob("experiments/*/metrics.jsonl")]
+    assert [len(epochs) for epochs in lines] == [2, 2], "the try and the run; no epoch was trained twice"
     kept = {str(path.relative_to(tmp_path / "experiments")) for path in tmp_path.glob("experiments/*/*/*.pt")}
-    assert kept == {f"trial_{name}_seed0/models_checkpoints/last.pt" for name in ("tm", "ce")}
+    assert kept == {"trial_tm_seed0/models_checkpoints/last.pt"}
     scores = json.loads((tmp_path / "experiments/trial_tm_seed0/evaluation/last/scores.json").read_text())
-    assert (scores["epoch"], set(scores["rules"])) == (4, set(DECODE_RULES))
+    assert (scores["epoch"], set(scores["rules"])) == (2, set(DECODE_RULES))
     assert "Chosen for tm on the held-out photos: lr 0.001" in (tmp_path / "out" / "experiments.md").read_text()
-    photos = Image.open(tmp_path / "out" / "experiments_photos.jpg")  # photo, truth, two networks; two photos
-    assert photos.width == 4 * 204
-    assert photos.height > 2 * 204

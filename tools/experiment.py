@@ -26,8 +26,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -82,90 +84,80 @@ def run_all(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[str
             entry.write_lists()
     except OSError as error:
         raise UserError(f"{error.filename or logs}: cannot be written ({error.strerror})") from None
+    runner = Runner(arguments.jobs, logs, arguments.take_over)
+    handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        faults = run_open([run for entry in entries for run in entry.tries()], arguments, logs)
-        return faults + run_open(final_runs(entries, choices(entries)), arguments, logs)
+        runner.run([run for entry in entries for run in entry.tries()])
+        runner.run(final_runs(entries, choices(entries)))
+        return runner.faults
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         lock.release()
 
 
-def run_open(runs: Sequence[Run], arguments: argparse.Namespace, logs: Path) -> list[str]:
-    """Runs what is not finished, so many jobs at a time. Returns a line for each run that failed.
+class Runner:
+    """Runs what is not finished, so many jobs at a time, each in processes that write into a log."""
 
-    Raises: SystemExit when told to stop, after the trainings have saved.
-    """
-    waiting, active, faults = [run for run in runs if run.scored() is None], [], []
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished; logs are in {logs}", flush=True)
-    told: list[int] = []  # signals; the handler does no more, so nothing can come between it and a start
-    handlers = {n: signal.signal(n, lambda number, _: told.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
-    passed_on = 0
-    try:
-        while active or (waiting and not told):
-            while waiting and len(active) < arguments.jobs and not told:
-                active.append(Job(waiting.pop(0), max(1, cores() // arguments.jobs), logs, arguments.take_over))
-            for job in active if len(told) > passed_on else []:
-                job.stop()
-            passed_on = len(told)
-            for job, status in [(job, job.advance()) for job in active]:
-                if status is not None:
-                    active.remove(job)
-                    if end := job.fault(status):
-                        faults.append(end)
-                    print(f"{end or f'finished {job.name}'}; {len(waiting) + len(active)} to go", flush=True)
-            time.sleep(0.2)
-    finally:
-        for job in active:
-            job.stop()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if told:
-        print("stopped; the same command goes on from here")
-        raise SystemExit(128 + told[0])
-    return faults
+    def __init__(self, jobs: int, logs: Path, take_over: bool) -> None:
+        self.jobs, self.logs, self.take_over = jobs, logs, take_over
+        self.told: list[int] = []  # signals
+        self.faults: list[str] = []
+        self.active: set[subprocess.Popen] = set()
+        self.turn = threading.RLock()  # no signal comes between a start and its entry in `active`
 
+    def run(self, runs: Sequence[Run]) -> None:
+        """Raises: SystemExit when told to stop, after the trainings have saved."""
+        waiting = [run for run in runs if run.scored() is None]
+        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished; logs are in {self.logs}", flush=True)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.finish, waiting))
+        if self.told:
+            print("stopped; the same command goes on from here")
+            raise SystemExit(128 + self.told[0])
 
-class Job:
-    """One run: its training, then its evaluation, each in a process that writes into a log."""
-
-    def __init__(self, run: Run, threads: int, logs: Path, take_over: bool = False) -> None:
-        self.run, self.name, self.process = run, run.config.exp_name, None
-        self.log = logs / f"{self.name}.log"
-        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # waiting threads sleep: utils/__init__.py
-        resuming = ("--resume", "auto", *(["--take-over"] if take_over else []))
-        # by the run's own copy: a rule or bias that is named here would be another one than the checkpoint's own
-        scoring = ("--cfg", str(run.config.copy_file), "--checkpoint", "last", "--decode", "all", "--no-pictures")
-        self.commands = [["train.py", *run.arguments, *resuming], ["evaluate.py", *scoring, "n_val_photos=null"]]
-
-    def advance(self) -> int | None:
-        """Starts what comes next; returns the exit status once there is nothing more, or something failed."""
-        status = self.process.poll() if self.process else 0
-        if status or not self.commands:
-            return status
-        if status == 0 and not Lock(self.run.config.experiment_dir).is_held():  # by a training that outlived its runner
-            self._start(self.commands.pop(0))
-        return None
-
-    def fault(self, status: int) -> str:
-        """What went wrong, once it has ended; nothing where it is scored."""
-        if status or self.run.scored() is None:
-            return f"{self.name}: ended with status {status}, see {self.log}"
-        self.run.tidy()
-        return ""
-
-    def stop(self) -> None:
+    def stop(self, number: int, _frame: object) -> None:
         """A training saves and ends; told twice, it ends at once."""
-        self.commands.clear()
-        if self.process is not None:
-            self.process.terminate()
+        with self.turn:
+            self.told.append(number)
+            for process in self.active:
+                process.terminate()
 
-    def _start(self, command: Sequence[str]) -> None:
-        command = [sys.executable, str(REPOSITORY / command[0]), *command[1:]]
-        with open(self.log, "ab") as log:
-            log.write(f"\n$ {shlex.join(command)}\n".encode())
-            log.flush()
-            # in a session of its own: Ctrl-C reaches us alone, and we pass it on once
-            options = {"env": self.environment, "cwd": REPOSITORY, "start_new_session": True}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, **options)
+    def finish(self, run: Run) -> None:
+        """Trains and scores."""
+        name, log = run.config.exp_name, self.logs / f"{run.config.exp_name}.log"
+        while not self.told and Lock(run.config.experiment_dir).is_held():  # by a training that outlived its runner
+            time.sleep(0.2)
+        for command in run.commands(self.take_over):
+            status = self.execute(command, log)
+            if self.told:
+                return
+            if status:
+                break
+        said = f"finished {name}"
+        if status or run.scored() is None:
+            said = f"{name}: ended with status {status}, see {log}"
+            self.faults.append(said)
+        else:
+            run.tidy()
+        print(said, flush=True)
+
+    def execute(self, command: Sequence[str], log: Path) -> int:
+        """The exit status of one of our commands; it is not started once we are told to stop."""
+        environment = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs))} | os.environ
+        # in a session of its own: Ctrl-C reaches us alone, and we pass it on once
+        options = {"env": environment, "cwd": REPOSITORY, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        with open(log, "ab") as output, self.turn:
+            if self.told:
+                return 0
+            output.write(f"\n$ {shlex.join(command)}\n".encode())
+            output.flush()
+            process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, **options)
+            self.active.add(process)
+        status = process.wait()
+        with self.turn:
+            self.active.remove(process)
+        return status
 
 
 def write_results(file: Path, entries: Sequence[Entry], out: Path) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import re
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,7 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.ids import draw_split, read_ids, write_ids
 
-EXPECTED = {
-    "name": "at most 41 letters, digits, '.', '_' and '-'",
-    "cfg": "the path of a config",
-    "overrides": "an object of config keys other than exp_name and seed",
-    "seeds": "a list of different whole numbers, such as [0, 1, 2]",
-    "search": 'values to try, such as {"lr": [0.001, 0.002]}, or the name of another run',
-}
+KEYS = {"name": str, "cfg": str, "overrides": dict, "seeds": list, "search": dict | str | None}
 HELD_OUT = 6  # one train photo in so many
 
 
@@ -49,6 +43,15 @@ class Run:
             )
         is_final = experiment.record["epoch"] == self.config.n_epochs
         return experiment if is_final and all(then[key] == now[key] for key in ("decode", "root_bias")) else None
+
+    def commands(self, take_over: bool) -> list[list[str]]:
+        """Its training, then its evaluation: by the run's own copy of the config.
+
+        A rule or bias that is named here would be another one than the checkpoint's own.
+        """
+        resuming = ["--resume", "auto", *(["--take-over"] if take_over else [])]
+        scoring = ["--cfg", str(self.config.copy_file), "--checkpoint", "last", "--decode", "all", "--no-pictures"]
+        return [["train.py", *self.arguments, *resuming], ["evaluate.py", *scoring, "n_val_photos=null"]]
 
     def tidy(self) -> None:
         """Of a scored run the last checkpoint stays, of a try none: those of a hundred runs would fill a disk."""
@@ -123,44 +126,40 @@ def read_entries(file: Path) -> list[Entry]:
     Raises: UserError naming the file, the run and the key.
     """
     content = read_json(file)
-    _check_keys(content, {*EXPECTED, "runs"} - {"name"}, {"runs"}, str(file))
-    shared = {"overrides": {}, "search": None} | {key: value for key, value in content.items() if key != "runs"}
-    if not isinstance(content["runs"], list) or not content["runs"]:
-        raise UserError(f"{file}: 'runs' must be a list with at least one run")
-    entries = [_read_entry(file, shared, record, f"{file}: runs[{i}]") for i, record in enumerate(content["runs"])]
-    names = [entry.name for entry in entries]
+    runs = content.pop("runs", None) if isinstance(content, dict) else None
+    if not isinstance(runs, list) or not runs:
+        raise UserError(f"{file}: expected a JSON object with a list of at least one run as 'runs'")
+    shared = _checked(content, KEYS.keys() - {"name"}, set(), str(file))
+    entries = []
+    for i, record in enumerate(runs):
+        own = _checked(record, KEYS.keys(), {"name", "cfg", "seeds"} - shared.keys(), f"{file}: runs[{i}]")
+        overrides = shared.get("overrides", {}) | own.get("overrides", {})
+        entries.append(Entry(file, **{"search": None} | shared | own | {"overrides": overrides}))
+    names = [run.config.exp_name for entry in entries for run in (*entry.tries(), *entry.finals({}))]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{file}: two runs would be {twice[0]!r}; give each a name, and each seed once")
     for entry in entries:
-        if names.count(entry.name) > 1:
-            raise UserError(f"{file}, run {entry.name!r}: two runs have this name; give each its own")
         if isinstance(entry.search, str) and not any(e.name == entry.search and e.tries() for e in entries):
             raise UserError(f"{file}, run {entry.name!r}: 'search' is {entry.search!r}, no run that searches by itself")
-        _ = entry.tries(), entry.finals({})  # their configs are checked
     return entries
 
 
-def _read_entry(file: Path, shared: dict[str, Any], record: Any, where: str) -> Entry:
-    _check_keys(record, set(EXPECTED), {"name", "cfg", "seeds"} - shared.keys(), where)
-    values = shared | record
-    name, seeds, search = (values[key] for key in ("name", "seeds", "search"))
-    to_try = list(search.values()) if isinstance(search, dict) else []
-    is_right = {
-        "name": isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", name),
-        "cfg": isinstance(values["cfg"], str),
-        "overrides": all(isinstance(part.get("overrides", {}), dict) for part in (shared, record)),
-        "seeds": isinstance(seeds, list) and seeds and all(type(s) is int and seeds.count(s) == 1 for s in seeds),
-        "search": isinstance(search, dict | str | None) and all(isinstance(v, list) and v for v in to_try),
-    }
-    if is_right["overrides"]:
-        values["overrides"] = shared["overrides"] | record.get("overrides", {})
-        is_right["overrides"] = not {"exp_name", "seed"} & values["overrides"].keys()
-    if wrong := [key for key in is_right if not is_right[key]]:
-        raise UserError(f"{where}: {wrong[0]!r} is {values[wrong[0]]!r}; expected {EXPECTED[wrong[0]]}")
-    return Entry(file, **values)
-
-
-def _check_keys(record: Any, known: set[str], required: set[str], where: str) -> None:
+def _checked(record: Any, known: Set[str], required: Set[str], where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object with the keys {', '.join(sorted(known))}")
-    if wrong := sorted(set(record) - known) + sorted(required - set(record)):
+    if wrong := sorted(record.keys() - known) + sorted(required - record.keys()):
         state = "unknown key" if wrong[0] in record else "is missing the key"
         raise UserError(f"{where}: {state} {wrong[0]!r}; known keys are {', '.join(sorted(known))}")
+    wrong = [key for key, value in record.items() if not isinstance(value, KEYS[key])]
+    if not wrong and {"exp_name", "seed"} & record.get("overrides", {}).keys():
+        wrong = ["overrides"]
+    lists = record.get("search")
+    if (
+        not wrong
+        and isinstance(lists, dict)
+        and not all(isinstance(values, list) and values for values in lists.values())
+    ):
+        wrong = ["search"]
+    if wrong:
+        raise UserError(f"{where}: {wrong[0]!r} is {record[wrong[0]]!r}; python tools/experiment.py --help shows how")
+    return record
