@@ -12,7 +12,7 @@ from utils.encoding import Encoding, check_encoded, load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.ids import read_ids
-from utils.store import CPU, Store, to_device
+from utils.memory import CPU, to_device
 from utils.views import RandomViews
 
 
@@ -48,8 +48,8 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
 class TrainLoader:
     """The batches of an epoch: photos read ahead or kept, and random views of them made on the device."""
 
-    def __init__(self, store: Store, batches: EpochBatches, views: RandomViews) -> None:
-        self.store, self.batches, self.views = store, batches, views
+    def __init__(self, photos: Photos, batches: EpochBatches, views: RandomViews) -> None:
+        self.photos, self.batches, self.views = photos, batches, views
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -60,7 +60,7 @@ class TrainLoader:
     def of(self, batches: Iterable[Sequence[Draw]]) -> Iterator[Sample]:
         """The views of any draws. Shape: image (B, 3, S, S), labels (B, S, S), index (B,)."""
         ahead, batches = itertools.tee(batches)
-        samples = self.store.read(draw.index for batch in ahead for draw in batch)
+        samples = self.photos.read(draw.index for batch in ahead for draw in batch)
         for draws in batches:
             yield self._batch(draws, list(itertools.islice(samples, len(draws))))
 
@@ -73,15 +73,14 @@ class TrainLoader:
 class ValLoader:
     """Whole photos on the device, one at a time, their labels at native size."""
 
-    def __init__(self, store: Store, indices: Sequence[int], device: torch.device) -> None:
-        self.store, self.indices, self.device = store, indices, device
-        self.files = store.photos.files
+    def __init__(self, photos: Photos, indices: Sequence[int], device: torch.device) -> None:
+        self.photos, self.indices, self.device = photos, indices, device
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Sample]:
-        for sample in self.store.read(self.indices):
+        for sample in self.photos.read(self.indices):
             image, labels = to_device([sample.image, sample.labels], self.device)
             yield sample._replace(image=image.contiguous(), labels=labels)
 
@@ -96,10 +95,10 @@ def train_loader(
     mirror = hierarchy.mirror and torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)])
     views = RandomViews(config.crop_size, hierarchy.ignore_index, config.short_side, *jitter, mirror, device)
     photos = _photos(config, hierarchy, read_split(config, "train"), native_labels=False)
+    photos.threads, photos.ahead = n_threads(config, without_gpu=1), 4 * config.batch_size
     size = min(config.batch_size, max(1, len(photos) // (world * config.accumulate)))
     batches = EpochBatches(len(photos), size, config.seed, rank, world, config.accumulate)
-    store = Store(photos, n_threads(config, without_gpu=1), ahead=4 * size)
-    return TrainLoader(store, batches, views), batches
+    return TrainLoader(photos, batches, views), batches
 
 
 def val_loader(
@@ -107,8 +106,9 @@ def val_loader(
 ) -> ValLoader:
     """Whole photos on `device`; with several processes each photo belongs to exactly one of them."""
     photos = _photos(config, hierarchy, ids, native_labels=True)
-    threads, indices = n_threads(config, without_gpu=0), range(rank, len(photos), world)
-    return ValLoader(Store(photos, threads, 4 * threads, len(indices)), indices, device)
+    photos.threads = n_threads(config, without_gpu=0)
+    photos.ahead = 4 * photos.threads
+    return ValLoader(photos, range(rank, len(photos), world), device)
 
 
 def _photos(config: Config, hierarchy: Hierarchy, ids: list[str], native_labels: bool) -> Photos:

@@ -103,7 +103,7 @@ def validate(
                     known = (labels != hierarchy.ignore_index).sum()
                     loss_sum += torch.stack([criterion(logits, labels) * known, known])
             if len(pictures) < N_PICTURES:
-                pictures[loader.files[sample.index].photo.stem] = _sheet(sample, leaves, hierarchy)
+                pictures[loader.photos.files[sample.index].photo.stem] = _sheet(sample, leaves, hierarchy)
     bar.close()
     distributed.sum_over_processes([*meter.tensors(), loss_sum])
     result = meter.compute()
@@ -254,7 +254,9 @@ class EvaluationManager:
 
     def _draw(self, index: int, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         """Per level an indexed PNG, an overlay, and the report's files."""
-        photo = np.asarray(read_photo(self.loader.files[index].photo))  # as the camera took it, not as it was fed
+        photo = np.asarray(
+            read_photo(self.loader.photos.files[index].photo)
+        )  # as the camera took it, not as it was fed
         folder = self.unfinished / "pictures"
         try:
             visualize.write_maps(folder, self.ids[index], photo, leaves, self.hierarchy)

@@ -30,12 +30,11 @@ from manage.learner import Learner, Step, seed_everything
 from manage.network import load_hierarchy
 from manage.predictor import Decoding
 from manage.training_report import TrainingReport, bar, say
-from utils.dataset import Sample
+from utils.dataset import Sample, keep_photos
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.locks import Lock
 from utils.schedules import lr_factor
-from utils.store import keep_photos
 
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
 LATE_STEPS = 4  # so many steps later the numbers of a step are read: nothing waits for the device
@@ -64,8 +63,8 @@ class TrainManager:
         self.loader, self.batches = train_loader(config, self.hierarchy, rank, world, self.device)
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
         self.val_loader = val_loader(config, self.hierarchy, self.val_ids, rank, world, self.device)
-        stores = {"train": self.loader.store, "val": self.val_loader.store}
-        self.kept_photos = keep_photos(stores, config.cache, self.device)
+        splits = {"train": self.loader.photos, "val": self.val_loader.photos}
+        self.kept_photos = keep_photos(splits, config.cache, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
         self.learner = Learner(config, self.hierarchy, encoding, self.device)

@@ -12,10 +12,10 @@ from configs.config import load_config
 from manage.data import Tolerance, train_loader, val_loader
 from manage.train_manager import TrainManager
 from tests.factory import TREE, VOID, make_data, write_config
-from utils.dataset import EpochBatches, Files, Photos
+from utils.dataset import EpochBatches, Files, Photos, keep_photos
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
-from utils.store import CPU, keep_photos
+from utils.memory import CPU
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def loader(data, tmp_path):
         keys = {"color_jitter": 0.5, "rotation": 20.0, "short_side": 40} | keys
         config = load_config(write_config(tmp_path, data, **keys))
         loader, batches = train_loader(config, Hierarchy.load(TREE), 0, 1)
-        keep_photos({"train": loader.store}, config.cache, CPU)
+        keep_photos({"train": loader.photos}, config.cache, CPU)
         batches.start_at(1)
         return loader
 
@@ -131,15 +131,15 @@ def test_each_epoch_has_another_order_and_every_photo_once():
 def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatch):
     config, tree = load_config(write_config(tmp_path, data)), Hierarchy.load(TREE)
     loaders = {"train": train_loader(config, tree, 0, 1)[0], "val": val_loader(config, tree, ["p08", "p09", "p10"])}
-    stores = {name: loader.store for name, loader in loaders.items()}
-    sizes = {name: len(store.photos) * store.photos.mean_size() for name, store in stores.items()}
+    splits = {name: loader.photos for name, loader in loaders.items()}
+    sizes = {name: photos.size() for name, photos in splits.items()}
     assert sizes["train"] == sum(4 * np.prod(Image.open(data / f"JPEGImages/p0{i}.jpg").size) for i in range(8))
     for free, kept in ((0.1, []), (2.0, ["train"]), (2 + 2 * sizes["val"] / sizes["train"], ["train", "val"])):
-        monkeypatch.setattr("utils.store.free_memory", lambda free=free: free * sizes["train"] + 0.1)
-        for store in stores.values():
-            store.keep = None
-        said = keep_photos(stores, "auto", CPU)
-        assert [name for name, store in stores.items() if store.keep == CPU] == kept
+        monkeypatch.setattr("utils.dataset.free_memory", lambda free=free: free * sizes["train"] + 0.1)
+        for photos in splits.values():
+            photos.keep = None
+        said = keep_photos(splits, "auto", CPU)
+        assert [name for name, photos in splits.items() if photos.keep == CPU] == kept
         assert ("train in memory" in said) == ("train" in kept)
         assert ("val not" in said) == ("val" not in kept)
 
@@ -149,16 +149,16 @@ def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatc
 )
 def test_a_cache_that_cannot_be_is_refused(data, tmp_path, monkeypatch, cache, message):
     config = load_config(write_config(tmp_path, data))
-    monkeypatch.setattr("utils.store.free_memory", lambda: 1000)
+    monkeypatch.setattr("utils.dataset.free_memory", lambda: 1000)
     with pytest.raises(UserError, match=message):
-        keep_photos({"train": train_loader(config, Hierarchy.load(TREE), 0, 1)[0].store}, cache, CPU)
+        keep_photos({"train": train_loader(config, Hierarchy.load(TREE), 0, 1)[0].photos}, cache, CPU)
 
 
 # --- faults ---
 @pytest.mark.parametrize("cache", ["off", "memory"])
 def test_a_photo_that_cannot_be_read_is_all_void_and_says_why(data, tmp_path, loader, cache):
     train = loader(cache=cache)
-    train.store.photos.files[3] = Files(tmp_path / "gone.jpg", train.store.photos.files[3].labels)
+    train.photos.files[3] = Files(tmp_path / "gone.jpg", train.photos.files[3].labels)
     for _ in range(2):
         batches = list(train)
         faults = {

@@ -82,10 +82,9 @@ def test_labels_stay_what_they_are_and_counts_are_those_of_a_plain_loop(folder, 
     encoding = encoding_of(folder, tree)
     for v in range(tree.num_nodes):
         below = [u for u in range(tree.num_nodes) if v in tree.paths[u]]
-        assert encoding.labelled[v] == sum(int((labels == v).sum()) for labels in LABELS.values())
         assert encoding.pixels[v] == sum(int(np.isin(labels, below).sum()) for labels in LABELS.values())
         assert encoding.photos[v] == sum(bool(np.isin(labels, below).any()) for labels in LABELS.values())
-    assert encoding.ignored == 1
+    assert encoding.total == sum(labels.size for labels in LABELS.values())
 
 
 def test_a_second_run_does_only_what_is_missing_or_changed(folder, tree):

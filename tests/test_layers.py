@@ -55,7 +55,7 @@ def test_models_need_torch_and_torchvision_alone(path):
     assert foreign <= {"torch", "torchvision", "models"} | optional
 
 
-@pytest.mark.parametrize("name", ["utils/dataset.py", "utils/store.py", "utils/views.py", "utils/images.py"])
+@pytest.mark.parametrize("name", ["utils/dataset.py", "utils/memory.py", "utils/views.py", "utils/images.py"])
 def test_reading_data_knows_no_tree(name):
     assert "utils.hierarchy" not in imports(REPO / name)
 

@@ -169,7 +169,7 @@ def loading_stage(setting: Setting) -> Rows:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     learner, loader, batches = train_parts(setting)
-    files = loader.store.photos.files
+    files = loader.photos.files
 
     def views() -> None:
         batches.start_at(0)
@@ -183,7 +183,7 @@ def loading_stage(setting: Setting) -> Rows:
 
     yield "JPEG decode alone, one thread", rates(decode, len(files), setting.rounds)
     for title, keep in (("decoded anew", None), ("kept photos", learner.device)):
-        loader.store.keep = keep
+        loader.photos.keep = keep
         yield f"random views, {title}, one thread", rates(views, len(files), setting.rounds)
     torch.set_num_threads(threads)
 

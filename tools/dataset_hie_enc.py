@@ -107,10 +107,9 @@ def main() -> None:
     changed = Encoder(*places, hierarchy, classes, config.obey_exif, ids, args.skip_faulty).run()
     encoding = load_encoding(args.save_dir, hierarchy)
 
-    total = max(sum(encoding.labelled) + encoding.ignored, 1)
     print(f"{'node':<24}{'% of pixels':>12}{'photos':>9}")
     for name, pixels, photos in zip(hierarchy.names, encoding.pixels, encoding.photos, strict=True):
-        print(f"{name:<24}{100 * pixels / total:>12.2f}{photos:>9}")
+        print(f"{name:<24}{100 * pixels / max(encoding.total, 1):>12.2f}{photos:>9}")
     print(f"{args.save_dir}: {len(encoding.files)} masks, {changed} of them new or changed")
     if args.split and lists:
         print(f"no split is drawn: {lists[0]} is there already")

@@ -1,8 +1,11 @@
-"""Photos and label maps on disk -> bytes, and the order of an epoch. Labels stay one byte a pixel. Knows no tree."""
+"""Photos and label maps on disk -> bytes, read ahead and kept, and the order of an epoch. Knows no tree."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +17,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.ids import PhotoFolder
 from utils.images import read_labels, read_photo, scaled_size
+from utils.memory import CPU, free_memory, to_device
 
 
 class Sample(NamedTuple):
@@ -32,8 +36,7 @@ class Draw(NamedTuple):
     seed: int
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(NamedTuple):
     """The photo and the label map of one id."""
 
     photo: Path
@@ -50,37 +53,60 @@ def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path, tolerat
     photos, files, missing = PhotoFolder(images_dir), [], []
     for sample_id in ids:
         photo, labels = photos.find(sample_id), labels_dir / f"{sample_id}.png"
-        if isinstance(photo, str):
-            missing.append(photo)
-        elif not labels.is_file():
-            missing.append(f"{labels}: no such label map")
+        if isinstance(photo, str) or not labels.is_file():
+            missing.append(photo if isinstance(photo, str) else f"{labels}: no such label map")
         files.append(Files(images_dir / sample_id if isinstance(photo, str) else photo, labels))
     if len(missing) > tolerate:
-        more = f"\n  and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(
             f"{len(missing)} of {len(ids)} ids lack a photo or a label map:\n  "
-            + "\n  ".join(missing[:5])
-            + f"{more}\nCheck root_data_dir and the id lists, and run tools/dataset_hie_enc.py"
+            + "\n  ".join(missing[:5] + ["..."] * (len(missing) > 5))
+            + "\nCheck root_data_dir and the id lists, and run tools/dataset_hie_enc.py"
         )
     return files
 
 
+@dataclass
 class Photos:
-    """The photos of a split, at `short_side`; each is read anew. Labels are below `n_labels`, or void.
+    """The photos of a split, at `short_side`. Labels are below `n_labels`, or void.
 
-    Training wants labels at the photo's size, evaluation at their own (`native_labels`).
+    Training wants labels at the photo's size, evaluation at their own (`native_labels`). So many `threads` read so many
+    photos `ahead`; what was read is kept where `keep` says: in memory, on a device, or nowhere (None).
     """
 
-    def __init__(
-        self, files: Sequence[Files], short_side: int | None, n_labels: int, void: int, native_labels: bool = False
-    ) -> None:
-        self.files, self.short_side, self.n_labels, self.void = files, short_side, n_labels, void
-        self.native_labels = native_labels
+    files: Sequence[Files]
+    short_side: int | None
+    n_labels: int
+    void: int
+    native_labels: bool = False
+    threads: int = 0
+    ahead: int = 0
+    keep: torch.device | None = None
+    kept: dict[int, Sample] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def read(self, indices: Iterable[int]) -> Iterator[Sample]:
+        """The photos of the indices, in their order: what decodes a picture lets other threads run meanwhile."""
+        pool, waiting = ThreadPoolExecutor(max(1, self.threads), "photos"), deque()
+        try:
+            for index in indices:
+                waiting.append(pool.submit(lambda i: self.kept.get(i) or self[i], index))
+                if len(waiting) > self.ahead * (self.threads > 0):
+                    yield self._kept(waiting.popleft().result())
+            while waiting:
+                yield self._kept(waiting.popleft().result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _kept(self, sample: Sample) -> Sample:
+        if self.keep is not None and sample.index not in self.kept:
+            image, labels = to_device([sample.image, sample.labels], self.keep)
+            self.kept[sample.index] = sample._replace(image=image, labels=labels)
+        return self.kept.get(sample.index, sample)
+
     def __getitem__(self, index: int) -> Sample:
+        """Read anew."""
         try:
             photo, labels = self._read(self.files[index])
         except UserError as error:
@@ -106,10 +132,42 @@ class Photos:
             )
         return photo, labels
 
-    def mean_size(self) -> float:
-        """Bytes that a photo and its label map take, from a few of them; one that cannot be read takes next to none."""
+    def size(self) -> float:
+        """Bytes that all take, estimated from a few of them."""
         some = [self[index] for index in range(0, len(self), max(1, len(self) // 8))]
-        return sum(sample.image.nbytes + sample.labels.nbytes for sample in some) / len(some)
+        return len(self) * sum(sample.image.nbytes + sample.labels.nbytes for sample in some) / len(some)
+
+
+def keep_photos(splits: dict[str, Photos], cache: str, device: torch.device) -> str:
+    """Decides where the photos of each split are kept, so that each is decoded once; returns a line that says so.
+
+    `auto` fills up to a quarter of what a GPU has free, else up to half of the machine's memory.
+
+    Raises: UserError when they do not fit where the key `cache` wants them.
+    """
+    if cache == "off":
+        return "no photos are kept (cache=off): each is decoded anew in every epoch"
+    processes, is_auto = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cache == "auto"
+    places, room = {"memory": CPU}, {"memory": free_memory() / processes / (2 if is_auto else 1)}
+    if device.type == "cuda":
+        places = {"device": device} | places
+        room["device"] = torch.cuda.mem_get_info(device)[0] / (4 if is_auto else 1)
+    if not is_auto and cache not in places:
+        raise UserError(f"key 'cache': 'device' needs a GPU, and this device is {device}; use auto, memory or off")
+    said = []
+    for name, photos in splits.items():
+        size = photos.size()
+        place = next((place for place in places if (is_auto or cache == place) and size <= room[place]), None)
+        if place is None and not is_auto:
+            raise UserError(
+                f"key 'cache': the {name} photos take {size / 2**30:.1f} GiB, and {room[cache] / 2**30:.1f} GiB are "
+                f"free in {cache}; use off, or a smaller short_side"
+            )
+        if place:
+            photos.keep = places[place]
+            room[place] -= size
+        said.append(f"{name} {'in ' + place if place else 'not'} ({size / 2**20:.0f} MiB)")
+    return f"photos kept between epochs (cache={cache}): {', '.join(said)}"
 
 
 class EpochBatches:

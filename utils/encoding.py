@@ -27,9 +27,8 @@ class Encoding:
     masks_dir: Path
     obey_exif: bool | None
     pixels: tuple[int, ...]  # of the node and its descendants
-    labelled: tuple[int, ...]  # of the node itself
     photos: tuple[int, ...]  # with a pixel of the node or its descendants
-    ignored: int  # pixels
+    total: int  # pixels, void among them
 
 
 def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
@@ -66,18 +65,17 @@ def load_encoding(labels_dir: str | Path, hierarchy: Hierarchy) -> Encoding:
 
 
 def _totals(files: dict[str, dict[str, Any]], hierarchy: Hierarchy) -> dict[str, Any]:
-    """Per node the pixels at or below it, those labelled as itself, and the photos with any."""
-    labelled, pixels, photos = Counter(), Counter(), Counter()
+    """All pixels, and per node those at or below it and the photos with any."""
+    pixels, photos, total = Counter(), Counter(), 0
     paths = dict(enumerate(hierarchy.paths)) | {hierarchy.ignore_index: ()}
     for record in files.values():
         counts = {int(label): int(count) for label, count in record["counts"].items()}
-        labelled.update(counts)
+        total += sum(counts.values())
         photos.update({node for label in counts for node in paths[label]})
-    for label, count in labelled.items():
-        pixels.update(dict.fromkeys(paths[label], count))
-    found = {"pixels": pixels, "labelled": labelled, "photos": photos}
-    per_node = {key: tuple(counter[v] for v in range(hierarchy.num_nodes)) for key, counter in found.items()}
-    return per_node | {"ignored": labelled[hierarchy.ignore_index]}
+        for label, count in counts.items():
+            pixels.update(dict.fromkeys(paths[label], count))
+    nodes = range(hierarchy.num_nodes)
+    return {"pixels": tuple(pixels[v] for v in nodes), "photos": tuple(photos[v] for v in nodes), "total": total}
 
 
 def check_encoded(

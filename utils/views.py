@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.store import to_device
+from utils.memory import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 GREY = (0.299, 0.587, 0.114)
@@ -81,16 +81,15 @@ class RandomViews:
             (_place(v.top - m, v.side + 2 * m, y, side), _place(v.left - m, v.side + 2 * m, x, side))
             for v, m, (y, x) in zip(views, more, [map_.shape for map_ in labels], strict=True)
         ]
-        windows = [p[:, y.seen, x.seen] for p, (y, x) in zip(photos, places, strict=True)]
-        maps = [m[y.seen, x.seen] for m, (y, x) in zip(labels, places, strict=True)]
-        windows, maps = to_device(windows, self.device), to_device(maps, self.device)
-        for i, (y, x) in enumerate(places):
-            view, map_ = _resize(windows[i], maps[i], y.length, x.length)
+        windows = to_device([p[:, y, x] for p, ((y, _), (x, _)) in zip(photos, places, strict=True)], self.device)
+        maps = to_device([m[y, x] for m, ((y, _), (x, _)) in zip(labels, places, strict=True)], self.device)
+        for i, ((_, y), (_, x)) in enumerate(places):
+            view, map_ = _resize(windows[i], maps[i], y.stop - y.start, x.stop - x.start)
             if views[i].flip:
                 view, map_ = view.flip(-1), map_.flip(-1)
                 map_ = map_ if self.mirror is None else self.mirror[map_.int()]
-                x = x._replace(offset=side - x.offset - x.length)
-            images[i, :, y.drawn, x.drawn], seen[i, y.drawn, x.drawn] = view, map_
+                x = slice(side - x.stop, side - x.start)
+            images[i, :, y, x], seen[i, y, x] = view, map_
         if self.rotation:
             shares = [view.side / (view.side + 2 * m) for view, m in zip(views, more, strict=True)]
             images, seen = self._turn(images, seen, [math.radians(view.angle) for view in views], shares)
@@ -113,28 +112,11 @@ class RandomViews:
         return numbers.to(self.device, non_blocking=True)
 
 
-class Place(NamedTuple):
-    """Along one axis: the pixels [start, stop) of the photo are drawn `length` pixels long at `offset`."""
-
-    start: int
-    stop: int
-    offset: int
-    length: int
-
-    @property
-    def seen(self) -> slice:
-        return slice(self.start, self.stop)
-
-    @property
-    def drawn(self) -> slice:
-        return slice(self.offset, self.offset + self.length)
-
-
-def _place(start: int, side: int, length: int, size: int) -> Place:
-    """What a window of `side` pixels from `start` on shows of a photo, in a view of `size` pixels."""
+def _place(start: int, side: int, length: int, size: int) -> tuple[slice, slice]:
+    """What a window of `side` pixels from `start` on shows of a photo, and where, in a view of `size` pixels."""
     first, last = max(0, start), min(length, start + side)
     offset = min(size - 1, round((first - start) * size / side))
-    return Place(first, last, offset, max(1, round((last - start) * size / side) - offset))
+    return slice(first, last), slice(offset, max(offset + 1, round((last - start) * size / side)))
 
 
 def _resize(photo: Tensor, labels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

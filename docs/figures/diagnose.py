@@ -122,7 +122,7 @@ def read_views(points: Sequence[Point], count: int, seed: int) -> list[tuple[Ten
                 raise UserError(f"{point.path}: {key} differs from that of {points[0].path}; diagnose them apart")
     hierarchy = restore_network(load_checkpoint(points[0].path), str(points[0].path))[1]
     loader, _ = train_loader(config, hierarchy, 0, 1)
-    order = torch.randperm(len(loader.store.photos), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    order = torch.randperm(len(loader.photos), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     batches = []
     for i in progress(range(0, len(order), BATCH), desc="photos", leave=False):
         batch = next(loader.of([[Draw(index, mix(seed, index)) for index in order[i : i + BATCH]]]))
