@@ -25,15 +25,10 @@ def main() -> int:
         nargs="?",
         const="",
         metavar="PATH",
-        help="go on from the newest checkpoint; auto: or start where there is none; PATH: from that checkpoint, "
-        "under a new exp_name",
+        help="go on from the newest checkpoint; auto: or start; PATH: from that one, under a new exp_name",
     )
     parser.add_argument("--overwrite", action="store_true", help="move an experiment of that name aside and start anew")
-    parser.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take the lock of another host, whose process must be gone: two in one folder spoil it",
-    )
+    parser.add_argument("--take-over", action="store_true", help="take the lock of another host, which must be gone")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for this run")
     arguments = parser.parse_intermixed_args()
     if arguments.resume is not None and arguments.overwrite:

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
-from configs.checks import checked, name_of, suggest
+from configs.checks import checked, suggest
 from utils.errors import UserError
 from utils.files import parse_json, read_json, write_whole
 
@@ -42,7 +42,7 @@ RESUMABLE_CHANGES = frozenset(
 # Keys that went; records of old runs may hold them. CHANGELOG.md says of each what there is instead.
 GONE = frozenset(
     "vflip criterion_warmup criterion_warmup_epochs step_epochs step_factor on_non_finite n_val_pictures "
-    "save_last_every_minutes node_weights".split()
+    "save_last_every_minutes node_weights prior_bias poly_power sync_batchnorm".split()
 )
 
 
@@ -54,6 +54,11 @@ def knob(default, help: str, **rule):
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata={"help": help, **rule})
     return dataclasses.field(default=default, metadata={"help": help, **rule})
+
+
+def place(key: str, below: str | None = None) -> property:
+    """The path that a key holds: below another place or the repository, where it is not absolute or in "~"."""
+    return property(lambda config: getattr(config, below or "repository") / os.path.expanduser(getattr(config, key)))
 
 
 @dataclass
@@ -98,7 +103,6 @@ class Config:
     encoder_weights: str | None = knob(None, "start from this state dict instead; relative to root_dir")
     init_from: str | None = knob(None, "or from what fits of this checkpoint, of any tree; relative to root_dir")
     decoder_channels: list[int] = knob([256, 128, 64, 32, 16], "after each of the 5 stages", low=1, high=4096)
-    prior_bias: bool = knob(True, "start the head at the data's class shares instead of at 0.5 each")
 
     # --- objective ---
     criterion: str | dict[str, float] = knob(
@@ -115,7 +119,6 @@ class Config:
     weight_decay: float = knob(1e-4, "of all weights but biases and normalisation", low=0)
     schedule: str = knob("poly", "how lr falls from its peak", choices=("constant", "step", "poly", "cosine"))
     warmup_epochs: float = knob(0.0, "epochs of linear growth to lr, or a part; cut to half of a shorter run", low=0)
-    poly_power: float = knob(0.9, "of the poly schedule", above=0)
     batch_size: int = knob(15, "crops per process and step", low=1)
     accumulate: int = knob(1, "batches per optimiser step; the gradient equals that of one large batch", low=1)
     grad_clip: float = knob(0.0, "largest norm of the gradient, 0: no clipping", low=0)
@@ -133,7 +136,6 @@ class Config:
     )
     compile: bool = knob(False, "torch.compile network and criterion; pays off in long runs")
     freeze_batchnorm: bool = knob(False, "keep the BatchNorm statistics of the start, for small batches")
-    sync_batchnorm: bool = knob(False, "BatchNorm statistics over all processes (GPUs only)")
     timeout_minutes: float = knob(10.0, "a process of several that hangs so long ends the run", above=0, high=10000)
 
     # --- validation, saving, evaluation ---
@@ -157,21 +159,12 @@ class Config:
         return default_decode(self.criterion) if self.decode == "auto" else self.decode
 
     # --- places ---
-    @property
-    def root(self) -> Path:
-        return REPOSITORY / os.path.expanduser(self.root_dir)
-
-    @property
-    def data_dir(self) -> Path:
-        return self.root / os.path.expanduser(self.root_data_dir)
-
-    @property
-    def images_dir(self) -> Path:
-        return self.data_dir / os.path.expanduser(self.img_dir)
-
-    @property
-    def labels_dir(self) -> Path:
-        return self.data_dir / os.path.expanduser(self.gt_dir)
+    repository = REPOSITORY
+    root = place("root_dir")
+    hierarchy_file = place("hierarchy")
+    data_dir = place("root_data_dir", below="root")
+    images_dir = place("img_dir", below="data_dir")
+    labels_dir = place("gt_dir", below="data_dir")
 
     @property
     def experiment_dir(self) -> Path:
@@ -189,10 +182,6 @@ class Config:
     @property
     def tensorboard_dir(self) -> Path:
         return self.root / "tensorboard" / self.exp_name
-
-    @property
-    def hierarchy_file(self) -> Path:
-        return REPOSITORY / os.path.expanduser(self.hierarchy)
 
     def ids_file(self, split: str) -> Path:
         """The id list of the split "train" or "val"."""
@@ -220,7 +209,7 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     if path is not None:
         values, source, folder = read_json(path), str(path), Path(path).resolve().parent
         if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a JSON object of config keys, found {name_of(values)}")
+            raise UserError(f"{path}: expected a JSON object of config keys, found {type(values).__name__}")
         is_record = (folder.name, folder.parent.name) == ("configs", Path(path).stem)  # the copy of a run
     values = values | parse_overrides(overrides)
     return config_from_dict(values, f"{source} with overrides" if overrides else source, is_record)
@@ -228,19 +217,14 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
 def config_from_dict(values: dict, source: str, is_record: bool = False) -> Config:
     """A config from plain JSON values; `source` is named in errors. What a run recorded may hold keys that went."""
-    known = {}
-    for key, value in values.items():
-        if key in FIELDS:
-            known[key] = value
-        elif key not in GONE:
+    for key in values:
+        if key in GONE and not is_record:
+            raise UserError(f"{source}: leave out {key!r}, which is no longer a key; CHANGELOG.md says more")
+        if key not in FIELDS and key not in GONE:
             meant = suggest(key, FIELDS) or "."
             raise UserError(f"{source}: unknown key {key!r}{meant} `python configs/config.py --help` lists all keys")
-        elif not is_record:
-            raise UserError(
-                f"{source}: leave out {key!r}, which is no longer a key (CHANGELOG.md says what there is instead)"
-            )
     try:
-        return Config(**known)
+        return Config(**{key: value for key, value in values.items() if key in FIELDS})
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -266,8 +250,6 @@ def parse_overrides(overrides: typing.Sequence[str]) -> dict:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r} is not an override; expected key=value, such as batch_size=4")
-        if key in values:
-            raise UserError(f"the override {key!r} is given twice")
         try:
             values[key] = parse_json(text)
         except (ValueError, RecursionError):
@@ -291,6 +273,8 @@ def _check(config: Config) -> None:
         raise UserError(f"key 'crop_size': {crop} is not a multiple of 32; use {crop // 32 * 32 + 32}")
     if jitter is not None and (len(jitter) != 2 or jitter[0] > jitter[1]):
         raise UserError(f"key 'scale_jitter': expected [smallest, largest], found {jitter}")
+    if config.batch_size == 1 and crop == 32 and not config.freeze_batchnorm:
+        raise UserError("keys 'batch_size' 1 and 'crop_size' 32 leave BatchNorm one value; raise one of them")
     if len(channels) != 5:
         raise UserError(f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(channels)}")
     if isinstance(config.criterion, dict) and not sum(config.criterion.values()) > 0:

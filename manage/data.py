@@ -1,7 +1,7 @@
 """Config -> data sets and loaders, with every file checked before the first step."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -46,35 +46,55 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
 
 
 class TrainLoader:
-    """The batches of an epoch: photos read ahead or kept, and random views of them made on the device."""
+    """The batches of an epoch: photos read ahead or kept, and random views of them made on the device.
 
-    def __init__(self, photos: Photos, batches: EpochBatches, views: RandomViews) -> None:
-        self.photos, self.batches, self.views = photos, batches, views
+    `batches` says which epoch is read. Raises: UserError for files that are missing.
+    """
+
+    def __init__(
+        self, config: Config, hierarchy: Hierarchy, rank: int = 0, world: int = 1, device: torch.device = CPU
+    ) -> None:
+        if config.hflip > 0:
+            hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
+        jitter = (config.scale_jitter, config.hflip, config.rotation, config.color_jitter)
+        mirror = hierarchy.mirror and torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)])
+        self.views = RandomViews(config.crop_size, hierarchy.ignore_index, config.short_side, *jitter, mirror, device)
+        self.photos = _photos(config, hierarchy, read_split(config, "train"), n_threads(config, without_gpu=1))
+        size = min(config.batch_size, max(1, len(self.photos) // (world * config.accumulate)))
+        self.photos.ahead = 4 * size
+        self.batches = EpochBatches(len(self.photos), size, config.seed, rank, world, config.accumulate)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Sample]:
-        yield from self.of(self.batches)
-
-    def of(self, batches: Iterable[Sequence[Draw]]) -> Iterator[Sample]:
-        """The views of any draws. Shape: image (B, 3, S, S), labels (B, S, S), index (B,)."""
-        ahead, batches = itertools.tee(batches)
+        ahead, batches = itertools.tee(self.batches)
         samples = self.photos.read(draw.index for batch in ahead for draw in batch)
         for draws in batches:
             yield self._batch(draws, list(itertools.islice(samples, len(draws))))
 
     def _batch(self, draws: Sequence[Draw], samples: Sequence[Sample]) -> Sample:
+        """Shape: image (B, 3, S, S), labels (B, S, S), index (B,)."""
         views = [self.views.draw(draw.seed, *s.labels.shape[::-1]) for draw, s in zip(draws, samples, strict=True)]
         images, labels = self.views.make([s.image for s in samples], [s.labels for s in samples], views)
         return Sample(images, labels, torch.tensor([s.index for s in samples]), [s.fault for s in samples])
 
 
 class ValLoader:
-    """Whole photos on the device, one at a time, their labels at native size."""
+    """Whole photos on the device, one at a time, their labels at native size; each belongs to one process."""
 
-    def __init__(self, photos: Photos, indices: Sequence[int], device: torch.device) -> None:
-        self.photos, self.indices, self.device = photos, indices, device
+    def __init__(
+        self,
+        config: Config,
+        hierarchy: Hierarchy,
+        ids: list[str],
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device = CPU,
+    ) -> None:
+        threads = n_threads(config, without_gpu=0)
+        self.photos = _photos(config, hierarchy, ids, threads, ahead=4 * threads, native_labels=True)
+        self.indices, self.device = range(rank, len(self.photos), world), device
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -85,42 +105,13 @@ class ValLoader:
             yield sample._replace(image=image.contiguous(), labels=labels)
 
 
-def train_loader(
-    config: Config, hierarchy: Hierarchy, rank: int, world: int, device: torch.device = CPU
-) -> tuple[TrainLoader, EpochBatches]:
-    """The loader of random views on `device`, and the sampler that says which epoch it reads."""
-    if config.hflip > 0:
-        hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
-    jitter = (config.scale_jitter, config.hflip, config.rotation, config.color_jitter)
-    mirror = hierarchy.mirror and torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)])
-    views = RandomViews(config.crop_size, hierarchy.ignore_index, config.short_side, *jitter, mirror, device)
-    photos = _photos(config, hierarchy, read_split(config, "train"), native_labels=False)
-    photos.threads, photos.ahead = n_threads(config, without_gpu=1), 4 * config.batch_size
-    size = min(config.batch_size, max(1, len(photos) // (world * config.accumulate)))
-    batches = EpochBatches(len(photos), size, config.seed, rank, world, config.accumulate)
-    return TrainLoader(photos, batches, views), batches
-
-
-def val_loader(
-    config: Config, hierarchy: Hierarchy, ids: list[str], rank: int = 0, world: int = 1, device: torch.device = CPU
-) -> ValLoader:
-    """Whole photos on `device`; with several processes each photo belongs to exactly one of them."""
-    photos = _photos(config, hierarchy, ids, native_labels=True)
-    photos.threads = n_threads(config, without_gpu=0)
-    photos.ahead = 4 * photos.threads
-    return ValLoader(photos, range(rank, len(photos), world), device)
-
-
-def _photos(config: Config, hierarchy: Hierarchy, ids: list[str], native_labels: bool) -> Photos:
+def _photos(config: Config, hierarchy: Hierarchy, ids: list[str], threads: int, **how) -> Photos:
     files = find_samples(ids, config.images_dir, config.labels_dir, config.skip_unreadable)
-    return Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, native_labels)
+    return Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, threads=threads, **how)
 
 
 def n_threads(config: Config, without_gpu: int) -> int:
-    """`auto`: with a GPU all cores but one, at most 16; without one the network needs the cores.
-
-    There training takes one thread, to decode meanwhile, and evaluation none.
-    """
+    """`auto`: with a GPU all cores but one, at most 16; without one the network needs the cores."""
     if config.num_workers != "auto":
         return config.num_workers
     return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else without_gpu

@@ -28,7 +28,7 @@ from configs.config import (
 )
 from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
-from manage.data import Tolerance, ValLoader, check_data, read_split, val_loader
+from manage.data import Tolerance, ValLoader, check_data, read_split
 from manage.experiment import environment
 from manage.inference import Rows, chosen_amp, logit_rows, photo_named
 from manage.network import tree_changes
@@ -177,7 +177,7 @@ class EvaluationManager:
         self.config = config = replace(config, short_side=self.trained_with.short_side)
         check_data(config, self.hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
-        self.loader = val_loader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world(), self.device)
+        self.loader = ValLoader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world(), self.device)
         self.tolerance = Tolerance(config.skip_unreadable, self.ids)
         first, rules = self.predictor.decoding, DECODE_RULES if options.all_rules else ()
         self.decodings = [first, *(Decoding(rule, {}) for rule in rules if rule != first.rule)]

@@ -35,35 +35,27 @@ def session() -> Iterator[None]:
         if not isinstance(error, UserError):
             raise
         if is_launched():
-            _leave_to_launcher(error)
+            _tell_once(error)
         raise error from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _leave_to_launcher(error: UserError) -> None:
+def _tell_once(error: UserError) -> None:
     """Ends silently where another process tells of its fault, and where torchrun's report, which comes last, does."""
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    is_first = _speaks_first()
+    report, restart = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_first = True  # in doubt: better twice than not at all
+    with contextlib.suppress(KeyError, ValueError, RuntimeError):
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun's store is there before the process group and outlives every process of it
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        is_first = store.add(f"hseg/faults/{restart}", 1) == 1
     if is_first and report:  # a second ago, so that the report takes it for the cause of all
         message = {"message": f"\nerror: {error}", "extraInfo": {"timestamp": int(time.time()) - 1}}
         Path(report).write_text(json.dumps({"message": message}), encoding="utf-8")
     if report or not is_first:
         raise SystemExit(2) from None
-
-
-def _speaks_first() -> bool:
-    """Whether no other process of this run has told of a fault yet; in doubt, True.
-
-    Asks the store that torchrun keeps, which is there before the process group and outlives every process of it.
-    """
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-        return store.add(f"hseg/faults/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):
-        return True  # better twice than not at all
 
 
 def is_out_of_memory(error: BaseException) -> bool:

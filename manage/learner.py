@@ -18,7 +18,6 @@ from manage.training_report import say
 from models.ema import EMA
 from utils.dataset import Sample
 from utils.encoding import Encoding
-from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 
@@ -36,10 +35,6 @@ class Learner:
         is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
         self.layout = torch.channels_last if is_channels_last else torch.preserve_format
         self.network = build_network(config, hierarchy, encoding.pixels).to(device, memory_format=self.layout)
-        if config.sync_batchnorm:
-            if device.type != "cuda":
-                raise UserError("key 'sync_batchnorm': works on GPUs only; set it to false")
-            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
         self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, config.compile)
         if config.compile:  # makes the tree's tables, whose making inside would have it compiled twice
@@ -52,15 +47,6 @@ class Learner:
         if distributed.world() > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.trained = DistributedDataParallel(self.trained, device_ids=ids)
-
-    def check_batch(self, size: int) -> None:
-        """Raises: UserError where a batch of so many crops leaves BatchNorm nothing to average."""
-        crop, stride = self.config.crop_size, self.network.stride
-        if size * (crop // stride) ** 2 < 2 and not self.config.freeze_batchnorm:
-            raise UserError(
-                f"keys 'batch_size' {size} and 'crop_size' {crop} leave BatchNorm one value a channel (stride {stride})"
-                "; raise one of them, or set freeze_batchnorm"
-            )
 
     def start(self) -> None:
         """Takes the weights that a training starts from. Raises: UserError when they cannot be had."""
@@ -94,14 +80,14 @@ class Learner:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr * (encoder_factor if parameters["is_encoder"] else 1.0)
         shares = self._shares([batch.labels for batch in group])
-        step_loss = torch.zeros((), device=self.device)
+        step_loss, world = torch.zeros((), device=self.device), distributed.world()
         self.optimizer.zero_grad(set_to_none=True)
         for part, batch in enumerate(group):
-            with self._without_sync(part < len(group) - 1):
+            with contextlib.nullcontext() if part == len(group) - 1 or world == 1 else self.trained.no_sync():
                 with autocast(self.device, self.amp):
                     logits = self.trained(batch.image.to(memory_format=self.layout))
                 loss = self.criterion(logits.float(), batch.labels) * shares[part]
-                self.scaler.scale(loss * distributed.world()).backward()  # DDP averages, we want the sum
+                self.scaler.scale(loss * world).backward()  # DDP averages, we want the sum
             step_loss += loss.detach()
         distributed.sum_over_processes([step_loss])
         norm = self._clip()
@@ -151,11 +137,6 @@ class Learner:
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
         return norm
-
-    def _without_sync(self, more_to_come: bool):
-        if more_to_come and isinstance(self.trained, DistributedDataParallel):
-            return self.trained.no_sync()
-        return contextlib.nullcontext()
 
 
 def seed_everything(config: Config) -> None:

@@ -36,7 +36,7 @@ def build_network(config: Config, hierarchy: Hierarchy, pixel_counts: Sequence[i
     Raises: UserError for an encoder that is not there.
     """
     network = _assemble(config, hierarchy)
-    if config.prior_bias and pixel_counts is not None:
+    if pixel_counts is not None:
         counts = torch.tensor(pixel_counts, dtype=torch.float64)
         shares = counts / counts[list(hierarchy.roots)].sum().clamp(min=1)
         network.segmentation_head.start_at(shares.clamp(1e-4, 1 - 1e-4).logit().float())
@@ -82,12 +82,9 @@ def _init_from(network: HSEG, hierarchy: Hierarchy, path: Path, say) -> None:
             for name in shared:
                 own[key][hierarchy.names.index(name)] = given[key][theirs.names.index(name)].to(own[key])
     network.load_state_dict(own | fitting)
-    anew = [key for key in own if key not in fitting and not key.startswith("segmentation_head.")]
-    nodes = [name for name in hierarchy.names if name not in shared]
-    say(
-        f"started from {path} ({len(fitting)} tensors and the head of {len(shared)} of {hierarchy.num_nodes} nodes); "
-        f"at random: {', '.join([*(f'node {n!r}' for n in nodes), *anew]) or 'nothing'}"
-    )
+    anew = [f"node {name!r}" for name in hierarchy.names if name not in shared]
+    anew += [key for key in own if key not in fitting and not key.startswith("segmentation_head.")]
+    say(f"started from {path}; at random: {', '.join(anew) or 'nothing'}")
 
 
 def _assemble(config: Config, hierarchy: Hierarchy, subpixel: bool = False) -> HSEG:

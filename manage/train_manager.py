@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.config import Config
 from manage import distributed
 from manage.checkpoint import DamagedCheckpoint, find_checkpoint, keep_newest, load_checkpoint, newest_valid, pack
-from manage.data import Tolerance, check_data, read_split, train_loader, val_loader
+from manage.data import Tolerance, TrainLoader, ValLoader, check_data, read_split
 from manage.evaluation_manager import Validation, validate
 from manage.experiment import (
     check_same_run,
@@ -60,15 +60,15 @@ class TrainManager:
         Decoding.of(config).biases(self.hierarchy)  # which can refuse them
         encoding = check_data(config, self.hierarchy)
         seed_everything(config)
-        self.loader, self.batches = train_loader(config, self.hierarchy, rank, world, self.device)
+        self.loader = TrainLoader(config, self.hierarchy, rank, world, self.device)
+        self.batches = self.loader.batches
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
-        self.val_loader = val_loader(config, self.hierarchy, self.val_ids, rank, world, self.device)
+        self.val_loader = ValLoader(config, self.hierarchy, self.val_ids, rank, world, self.device)
         splits = {"train": self.loader.photos, "val": self.val_loader.photos}
         self.kept_photos = keep_photos(splits, config.cache, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
         self.learner = Learner(config, self.hierarchy, encoding, self.device)
-        self.learner.check_batch(self.batches.batch_size)
         self.loader.views.show_outside(self.learner.network.input_mean)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
@@ -278,7 +278,7 @@ class TrainManager:
     def _lr(self) -> float:
         config, steps = self.config, self.steps_per_epoch
         warmup, total = self.warmup_epochs * steps, config.n_epochs * steps
-        return config.lr * lr_factor(config.schedule, self.step, total, warmup, config.poly_power)
+        return config.lr * lr_factor(config.schedule, self.step, total, warmup)
 
     def _is_frozen(self) -> bool:
         return self.epoch < self.config.freeze_encoder_epochs

@@ -145,7 +145,6 @@ def test_an_override_is_json_where_it_can_be_and_text_elsewhere():
 
 MISTAKEN = {
     ("lr",): "'lr' is not an override; expected key=value",
-    ("lr=1", "lr=2"): "'lr' is given twice",
     ("lr=fast",): "with overrides: key 'lr': expected a number, found a text",
     ("lrr=1",): "unknown key 'lrr'; did you mean 'lr'",
 }

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from configs.config import load_config
-from manage.data import Tolerance, train_loader, val_loader
+from manage.data import Tolerance, TrainLoader, ValLoader
 from manage.train_manager import TrainManager
 from tests.factory import TREE, VOID, make_data, write_config
 from utils.dataset import EpochBatches, Files, Photos, keep_photos
@@ -30,9 +30,9 @@ def loader(data, tmp_path):
     def build(**keys):
         keys = {"color_jitter": 0.5, "rotation": 20.0, "short_side": 40} | keys
         config = load_config(write_config(tmp_path, data, **keys))
-        loader, batches = train_loader(config, Hierarchy.load(TREE), 0, 1)
+        loader = TrainLoader(config, Hierarchy.load(TREE))
         keep_photos({"train": loader.photos}, config.cache, CPU)
-        batches.start_at(1)
+        loader.batches.start_at(1)
         return loader
 
     return build
@@ -107,7 +107,7 @@ def test_trainings_with_and_without_cache_end_with_the_same_bits(data, tmp_path)
 def test_validation_sees_whole_photos_with_native_labels(data, tmp_path):
     config = load_config(write_config(tmp_path, data, short_side=32))
     ids = ["p08", "p09", "p10"]
-    loader = val_loader(config, Hierarchy.load(TREE), ids, rank=1, world=2)
+    loader = ValLoader(config, Hierarchy.load(TREE), ids, rank=1, world=2)
     assert len(loader) == 1
     (sample,) = loader
     assert sample.index == 1
@@ -130,7 +130,7 @@ def test_each_epoch_has_another_order_and_every_photo_once():
 # --- the cache ---
 def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatch):
     config, tree = load_config(write_config(tmp_path, data)), Hierarchy.load(TREE)
-    loaders = {"train": train_loader(config, tree, 0, 1)[0], "val": val_loader(config, tree, ["p08", "p09", "p10"])}
+    loaders = {"train": TrainLoader(config, tree), "val": ValLoader(config, tree, ["p08", "p09", "p10"])}
     splits = {name: loader.photos for name, loader in loaders.items()}
     sizes = {name: photos.size() for name, photos in splits.items()}
     assert sizes["train"] == sum(4 * np.prod(Image.open(data / f"JPEGImages/p0{i}.jpg").size) for i in range(8))
@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_is_refused(data, tmp_path, monkeypatch, cache, m
     config = load_config(write_config(tmp_path, data))
     monkeypatch.setattr("utils.dataset.free_memory", lambda: 1000)
     with pytest.raises(UserError, match=message):
-        keep_photos({"train": train_loader(config, Hierarchy.load(TREE), 0, 1)[0].photos}, cache, CPU)
+        keep_photos({"train": TrainLoader(config, Hierarchy.load(TREE)).photos}, cache, CPU)
 
 
 # --- faults ---

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from configs.config import load_config
-from manage.data import train_loader
+from manage.data import TrainLoader
 from manage.network import tree_changes
 from manage.predictor import Predictor
 from tests.factory import write_config
@@ -50,7 +50,7 @@ def train(tmp_path):
         h, data = Hierarchy.load(path), tmp_path / "data"
         Encoder(data / "gt_masks", data / "JPEGImages", data / "gt_masks_hie", h).run()
         keys = {"hierarchy": str(path), "crop_size": 64, "scale_jitter": None, "hflip": 0.5} | keys
-        return train_loader(load_config(write_config(tmp_path, data, **keys)), h, 0, 1)[0]
+        return TrainLoader(load_config(write_config(tmp_path, data, **keys)), h)
 
     return build
 

@@ -178,8 +178,3 @@ def test_frozen_statistics_stay_and_others_move(start):
     free.train_step([batch_of(1, 2)])
     assert torch.equal(weights(frozen)[key], before)
     assert not torch.equal(weights(free)[key], before)
-
-
-def test_statistics_over_processes_are_refused_without_a_gpu(start):
-    with pytest.raises(UserError, match="sync_batchnorm"):
-        start(sync_batchnorm=True)

@@ -74,7 +74,7 @@ REFUSED = {  # what is spoilt, keys of the config, and what must be said
     "monitored score": (None, {"monitor": "max mIoU9"}, ["monitor", "mIoU9", "mIoU1"]),
     "no such GPU": (None, {"device": "cuda:99"}, ["device", "cuda:99"]),
     "mps": (None, {"device": "mps"}, ["'device'", "64 bits", "cpu"]),
-    "one pixel": (None, {"batch_size": 1, "crop_size": 32}, ["'batch_size' 1 and 'crop_size' 32", "freeze_batchnorm"]),
+    "one pixel": (None, {"batch_size": 1, "crop_size": 32}, ["'batch_size' 1 and 'crop_size' 32", "BatchNorm"]),
     "no photo": (lambda root: photo(root).unlink(), {}, ["'p01'", "JPEGImages"]),
     "no label map": (lambda root: (root / "data/gt_masks_hie/p01.png").unlink(), {}, ["p01"]),
     "not encoded": (lambda root: shutil.rmtree(root / "data/gt_masks_hie"), {}, ["gt_masks_hie", "dataset_hie_enc"]),
@@ -83,7 +83,7 @@ REFUSED = {  # what is spoilt, keys of the config, and what must be said
     "no id": (write_ids(""), {}, ["train_id.txt", "empty"]),
     "id of elsewhere": (write_ids("../x\n"), {}, ["train_id.txt", "line 1"]),
     "id twice": (write_ids("p00\np00\n"), {}, ["train_id.txt", "line 2"]),
-    "id in both lists": (write_ids("p04\np00\n"), {"batch_size": 1}, ["train_id.txt", "both"]),
+    "id in both lists": (write_ids("p04\np00\n"), {}, ["train_id.txt", "both"]),
     "a file as experiment": (write_file("experiments/tiny"), {}, ["experiments/tiny: cannot be written (File exists)"]),
     "a file as curves": (write_file("tensorboard"), {}, ["tensorboard/tiny: cannot be written (Not a directory)"]),
 }

@@ -29,13 +29,12 @@ import torch
 from PIL import Image
 
 from configs.config import REPOSITORY, Config, load_config, save_config
-from manage.data import TrainLoader, train_loader
+from manage.data import TrainLoader
 from manage.distributed import choose_device
 from manage.experiment import environment
 from manage.learner import Learner
 from manage.network import load_hierarchy
 from utils.cli import progress, run_main
-from utils.dataset import EpochBatches
 from utils.encoding import load_encoding
 from utils.errors import UserError
 
@@ -100,22 +99,22 @@ def run(config: Config, script: str, *arguments: str) -> None:
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
-def train_parts(config: Config) -> tuple[Learner, TrainLoader, EpochBatches]:
+def train_parts(config: Config) -> tuple[Learner, TrainLoader]:
     device, hierarchy = choose_device(config.device), load_hierarchy(config)
     learner = Learner(config, hierarchy, load_encoding(config.labels_dir, hierarchy), device)
     learner.set_train_mode(is_frozen=False)
-    return learner, *train_loader(replace(config, num_workers=0), hierarchy, 0, 1, device)
+    return learner, TrainLoader(replace(config, num_workers=0), hierarchy, device=device)
 
 
 def step_stage(config: Config, rounds: int) -> Rows:
     """Forward, loss, backward, optimiser."""
-    learner, loader, _ = train_parts(config)
+    learner, loader = train_parts(config)
     batch = next(iter(loader))
     yield "training step, batch in memory", rates(lambda: learner.step([batch], config.lr), len(batch.image), rounds)
 
 
 def loss_stage(config: Config, rounds: int) -> Rows:
-    learner, loader, _ = train_parts(config)
+    learner, loader = train_parts(config)
     labels = next(iter(loader)).labels
     size = (len(labels), learner.hierarchy.num_nodes, *labels.shape[1:])
     logits = torch.randn(size, device=labels.device, requires_grad=True)
@@ -127,11 +126,11 @@ def loading_stage(config: Config, rounds: int) -> Rows:
     """Random views, one thread, nobody else at work: of photos that are decoded anew, and of kept ones."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    learner, loader, batches = train_parts(config)
+    learner, loader = train_parts(config)
     files = loader.photos.files
 
     def views() -> None:
-        batches.start_at(0)
+        loader.batches.start_at(0)
         for _ in loader:
             pass
 
