@@ -25,6 +25,12 @@ def tree() -> Hierarchy:
 
 
 @pytest.fixture(scope="session")
+def h(tree) -> Hierarchy:
+    """The tree, where formulas are tested."""
+    return tree
+
+
+@pytest.fixture(scope="session")
 def sample_data(tmp_path_factory, tree) -> Path:
     """Ten drawn photos, 64 pixels high or wide, with their encoding; to be read only."""
     folder = tmp_path_factory.mktemp("data") / "sample"

@@ -33,6 +33,7 @@ def tree_of(parents: list[int | None], names: list[str] | None = None, backgroun
     return Hierarchy.from_dict({"name": "small", "ignore_index": 65535, "levels": levels, "nodes": nodes} | keys)
 
 
+@functools.cache
 def ancestors(v: int, h: Hierarchy) -> list[int]:
     """v and all above it, from v to its root."""
     chain = [v]
@@ -46,6 +47,7 @@ def descendants(v: int, h: Hierarchy) -> list[int]:
     return [u for u in range(h.num_nodes) if v in ancestors(u, h)]
 
 
+@functools.cache
 def leaves(h: Hierarchy) -> list[int]:
     return [v for v in range(h.num_nodes) if v not in h.parents]
 
@@ -60,6 +62,7 @@ def is_known(v: int, label: int, h: Hierarchy) -> bool:
     return v == label or v not in descendants(label, h)
 
 
+@functools.cache
 def class_at(v: int, level: int, h: Hierarchy) -> int | None:
     """The class of node v at `level` (0 is level 1), None where v lies above it and is not a leaf."""
     depth = max(len(ancestors(u, h)) for u in range(h.num_nodes)) - level
@@ -196,19 +199,6 @@ def siblings(v: int, h: Hierarchy) -> list[int]:
     return [u for u in range(h.num_nodes) if h.parents[u] == h.parents[v]]
 
 
-def decode(rule: str, logits: Tensor, h: Hierarchy, root_bias: list[float] | None = None) -> Tensor:
-    batch, _, height, width = logits.shape
-    answer = torch.zeros(batch, height, width, dtype=torch.int64)
-    for b, i, j in pixels(answer):
-        z = logits[b, :, i, j].tolist()
-        scores = {leaf: path_score(rule, z, leaf, h) for leaf in leaves(h)}
-        if root_bias is not None:
-            for leaf in scores:
-                scores[leaf] += root_bias[h.roots.index(ancestors(leaf, h)[-1])]
-        answer[b, i, j] = max(scores, key=scores.__getitem__)
-    return answer
-
-
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
@@ -258,12 +248,3 @@ def mistake_severity(leaf: Tensor, labels: Tensor, h: Hierarchy) -> float | None
             shared = [v for v in ancestors(label, h) if v in ancestors(answer, h)]
             heights.append(height(shared[0], h) if shared else 1 + max(height(v, h) for v in h.roots))
     return mean(heights)
-
-
-def calibration_error(sure: list[float], right: list[bool], bins: int) -> float | None:
-    """Expected calibration error: how far a bin's probabilities are from its share of right ones, over pixels."""
-    by_bin: dict[int, list[int]] = {}
-    for pixel, p in enumerate(sure):
-        by_bin.setdefault(min(int(p * bins), bins - 1), []).append(pixel)
-    far = sum(abs(sum(sure[k] - right[k] for k in members)) for members in by_bin.values())
-    return far / len(sure) if sure else None

@@ -1,12 +1,10 @@
 """Losses: worked numbers, facts from the formulas, extreme inputs. Random trees are in test_properties.py."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.config import CRITERIA, DECODE_RULES, Config, default_decode
@@ -16,15 +14,9 @@ from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.losses import LOSSES, build_criterion
 
-TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 NAMES = sorted(LOSSES)
 NAMES_AND_GAMMAS = [(name, gamma) for name in NAMES for gamma in ((0.0, 0.5, 2.0) if "focal" in name else (2.0,))]
 HEAD, UPPER, BODY, VOID = 4, 8, 7, 255
-
-
-@pytest.fixture(scope="module")
-def h() -> Hierarchy:
-    return Hierarchy.load(TREES / "pascal_part.json")
 
 
 def random_case(h: Hierarchy, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -73,13 +65,6 @@ def test_focal_of_one_node_by_hand() -> None:
     assert value.item() == pytest.approx(-((1 - p) ** 2) * math.log(p))
 
 
-def test_ce_is_cross_entropy_where_labels_are_leaves(h: Hierarchy) -> None:
-    logits, labels = random_case(h)
-    labels = torch.where(labels < h.num_leaves, labels, VOID)
-    expected = cross_entropy(logits[:, : h.num_leaves], labels, ignore_index=VOID)
-    assert LOSSES["ce"](logits, labels, h).item() == pytest.approx(expected.item(), rel=1e-12)
-
-
 def test_tree_min_is_at_least_bce_and_equal_where_scores_respect_the_tree(h: Hierarchy) -> None:
     logits, labels = random_case(h)
     assert LOSSES["tree_min"](logits, labels, h) > LOSSES["bce"](logits, labels, h)
@@ -115,75 +100,26 @@ def test_autocast_computes_in_float32(name: str, half: torch.dtype, h: Hierarchy
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_labels_loss_and_gradient_are_zero(name: str, h: Hierarchy) -> None:
+def test_labels_may_be_of_any_integer_type_and_stay_as_they_are(name: str, h: Hierarchy) -> None:
     logits, labels = random_case(h)
-    for shape_logits, void in (
-        (logits, labels.fill_(VOID)),
-        (logits[:0], labels[:0]),
-        (logits[..., :0], labels[..., :0]),
-    ):
-        value, grad = value_and_grad(name, shape_logits, void, h, gamma=0.5)
-        assert value == 0
-        assert (grad == 0).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_void_pixels_change_nothing(name: str, h: Hierarchy) -> None:
-    logits, labels = random_case(h)
-    labels[:, 0] = VOID
-    value, grad = value_and_grad(name, logits, labels, h)
-    cropped, cropped_grad = value_and_grad(name, logits[:, :, 1:], labels[:, 1:], h)
-    torch.testing.assert_close(value, cropped)
-    torch.testing.assert_close(grad[:, :, 1:], cropped_grad)
-    assert (grad[:, :, 0] == 0).all()
-
-
-@pytest.mark.parametrize("name", ["", "tree_min"])
-def test_gamma_zero_is_the_plain_loss_bit_for_bit(name: str, h: Hierarchy) -> None:
-    logits, labels = random_case(h, torch.float32)
-    plain = value_and_grad(name or "bce", logits, labels, h)
-    focal = value_and_grad(f"focal_{name}".rstrip("_"), logits, labels, h, gamma=0.0)
-    assert torch.equal(plain[0], focal[0])
-    assert torch.equal(plain[1], focal[1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_neither_memory_layout_nor_the_type_of_labels_matters_and_they_stay(name: str, h: Hierarchy) -> None:
-    logits, labels = random_case(h)
-    value, grad = value_and_grad(name, logits, labels, h, gamma=2.0)
-    for dtype in (torch.uint8, torch.int32, torch.int64):
+    value = LOSSES[name](logits, labels, h, gamma=2.0)
+    for dtype in (torch.uint8, torch.int32):
         typed = labels.to(dtype, copy=True)
         assert LOSSES[name](logits, typed, h, gamma=2.0) == value
         assert torch.equal(typed, labels.to(dtype))
-    for layout in (
-        logits,
-        logits.contiguous(memory_format=torch.channels_last),
-        logits.repeat(1, 1, 2, 2)[:, :, :3, :4],  # a crop: flattening it needs a copy
-        logits.transpose(2, 3).contiguous().transpose(2, 3),
-    ):
-        other, other_grad = value_and_grad(name, layout, labels, h, gamma=2.0)
-        torch.testing.assert_close(other, value)
-        torch.testing.assert_close(other_grad, grad)
 
 
 def test_a_sum_of_losses_is_the_weighted_sum(h: Hierarchy) -> None:
     logits, labels = random_case(h)
     spec = {"tree_min": 1.0, "bce": 0.5, "ce": 2}
-    logits.requires_grad_()
-    value = build_criterion(spec, h)(logits, labels)
-    (grad,) = torch.autograd.grad(value, logits)
-    parts = [value_and_grad(name, logits, labels, h) for name in spec]
-    torch.testing.assert_close(value, sum(w * part[0] for w, part in zip(spec.values(), parts, strict=True)))
-    torch.testing.assert_close(grad, sum(w * part[1] for w, part in zip(spec.values(), parts, strict=True)))
+    parts = [weight * LOSSES[name](logits, labels, h) for name, weight in spec.items()]
+    torch.testing.assert_close(build_criterion(spec, h)(logits, labels), sum(parts))
 
 
 @pytest.mark.parametrize("spec", ["tree_mim", {"bce": 0}, {"bce": math.inf}])
-def test_a_wrong_criterion_is_refused(spec: object, h: Hierarchy) -> None:
+def test_a_wrong_criterion_is_refused_and_shapes_that_do_not_fit(spec: object, h: Hierarchy) -> None:
     with pytest.raises(UserError, match=r"criterion: '.*expected a weight above 0, of one of bce, tree_min"):
         build_criterion(spec, h)
-
-
-def test_shapes_that_do_not_fit_are_refused(h: Hierarchy) -> None:
     logits, labels = random_case(h)
     for bad_logits, bad_labels in ((logits[:, :7], labels), (logits, labels[:1]), (logits, labels[..., :2])):
         with pytest.raises(ValueError, match="do not fit"):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import models.hseg
-from configs.config import config_from_dict
+from configs.config import Config
 from manage.train_manager import TrainManager
+from tests.factory import TINY
 from tests.preloaded import SlimEncoder
 from utils.dataset import Sample
 from utils.errors import UserError
@@ -17,31 +18,18 @@ from utils.errors import UserError
 SIZE = 32
 
 
-def manager(tmp_path, data, **keys) -> TrainManager:
-    values = {
-        "exp_name": "run",
-        "root_dir": str(tmp_path / f"root{len(list(tmp_path.iterdir()))}"),
-        "root_data_dir": str(data),
-        "pretrained": False,
-        "crop_size": SIZE,
-        "batch_size": 2,
-        "decoder_channels": [8, 8, 8, 8, 8],
-        "n_epochs": 2,
-        "num_workers": 0,
-        "device": "cpu",
-        "schedule": "constant",
-        "freeze_batchnorm": True,
-    }
-    made = TrainManager(config_from_dict(values | keys, "the test"))
-    made.learner.set_train_mode(is_frozen=False)
-    return made
-
-
 @pytest.fixture
 def start(tmp_path, sample_data, monkeypatch):
     """Makes managers that differ from each other in the given keys alone; all start at the same weights."""
     monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
-    return lambda **keys: manager(tmp_path, sample_data, **keys)
+    places = {"root_dir": str(tmp_path), "root_data_dir": str(sample_data)}
+
+    def make(**keys) -> TrainManager:
+        made = TrainManager(Config(**TINY | places | {"schedule": "constant", "freeze_batchnorm": True} | keys))
+        made.learner.set_train_mode(is_frozen=False)
+        return made
+
+    return make
 
 
 def batch_of(*seeds: int) -> Sample:
@@ -63,13 +51,6 @@ def weights(run: TrainManager) -> dict[str, Tensor]:
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-6) -> None:
     for key, value in one.items():
         torch.testing.assert_close(other[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
-
-
-def spoil_gradients(run: TrainManager) -> None:
-    """From here on no gradient is finite, while the loss is."""
-    run.learner.network.segmentation_head.register_full_backward_hook(
-        lambda _module, inputs, _outputs: tuple(None if g is None else g * math.inf for g in inputs)
-    )
 
 
 def gradients(run: TrainManager) -> Tensor:
@@ -110,7 +91,9 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale_until_none_
     if not run.learner.scaler.is_enabled():
         pytest.skip("no gradient scaler on this device")
     before, overflows = weights(run), 1 + int(math.log2(run.learner.scaler.get_scale()))
-    spoil_gradients(run)
+    run.learner.network.segmentation_head.register_full_backward_hook(  # no gradient is finite, while the loss is
+        lambda _module, inputs, _outputs: tuple(None if g is None else g * math.inf for g in inputs)
+    )
     for _ in range(overflows):
         scale = run.learner.scaler.get_scale()
         run.train_step([batch_of(1, 2)])
@@ -156,18 +139,6 @@ def test_clipping_scales_the_gradient_to_its_limit_and_no_further(start):
     torch.testing.assert_close(gradients(clipped).norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
     torch.testing.assert_close(gradients(clipped) * norm / 0.01, gradients(free), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(gradients(loose), gradients(free))
-
-
-def test_the_average_of_weights_is_the_one_by_hand(start):
-    run = start(ema_decay=0.15)
-    average = {key: value for key, value in weights(run).items() if value.is_floating_point()}
-    for seed, decay in enumerate((1 / 10, 0.15, 0.15)):  # it grows up to the wanted one
-        run.train_step([batch_of(2 * seed, 2 * seed + 1)])
-        now = weights(run)
-        average = {key: decay * average[key] + (1 - decay) * now[key] for key in average}
-    kept = run.learner.ema.module.state_dict()
-    assert_same(average, {key: kept[key] for key in average}, rtol=1e-5, atol=1e-7)
-    assert run.state()["ema"].keys() == run.state()["model"].keys()
 
 
 def test_frozen_statistics_stay_and_others_move(start):
