@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ def write_config(root: Path, data: Path, **keys) -> Path:
     """A config file in `root`, whose experiments lie in `root`, too."""
     values = TINY | {"root_dir": str(root), "root_data_dir": str(data)} | keys
     path = root / f"{values['exp_name']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values))
     return path
 
@@ -88,17 +87,15 @@ def curves(root: Path, name: str = "tiny") -> dict[str, list[tuple[int, float]]]
 class Child:
     """One run of train.py or evaluate.py in a process of its own, with a slim network unless `real`.
 
-    `prepare` holds a function and its arguments, or a list of such tuples, called there first (see tests/kill.py);
-    what was printed is in `output`.
+    `prepare` holds functions and their arguments, called there first (see tests/kill.py); what was printed is `output`.
     """
 
-    def __init__(self, script: str, *arguments, log: Path, real: bool = False, prepare: tuple | list = ()) -> None:
+    def __init__(self, script: str, *arguments, log: Path, real: bool = False, prepare: list[tuple] = ()) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preloaded"])
         self.log = log
-        log.unlink(missing_ok=True)
-        command = [script, *map(str, arguments)]
-        self.process = context.Process(target=_run, args=(command, str(log), real, prepare))
+        log.write_text("")
+        self.process = context.Process(target=_run, args=([script, *map(str, arguments)], str(log), real, prepare))
         self.process.start()
 
     def wait(self, seconds: float = 240) -> int:
@@ -119,10 +116,10 @@ class Child:
 
     @property
     def output(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text()
 
 
-def run(script: str, *arguments, log: Path, real: bool = False, prepare: tuple | list = ()) -> tuple[int, str]:
+def run(script: str, *arguments, log: Path, real: bool = False, prepare: list[tuple] = ()) -> tuple[int, str]:
     """Exit status and output of one run."""
     child = Child(script, *arguments, log=log, real=real, prepare=prepare)
     return child.wait(), child.output
@@ -135,10 +132,9 @@ def save_each_step() -> None:
     manage.train_manager.SAVE_EVERY_S = 0
 
 
-def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...] | list[tuple]) -> None:
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+def _run(command: list[str], log: str, real: bool, prepare: list[tuple]) -> None:
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = command
     try:
@@ -147,7 +143,7 @@ def _run(command: list[str], log: str, real: bool, prepare: tuple[Callable, ...]
 
         if not real:
             slim_down()
-        for function, *details in prepare if isinstance(prepare, list) else [prepare] if prepare else []:
+        for function, *details in prepare:
             function(*details)
         run_main(MAINS[command[0]])
     except Exception:

@@ -1,10 +1,9 @@
 """A child process that dies or fails at a named point, told by Python's own audit events: no module is changed.
 
-    run("train.py", "--cfg", cfg, log=log, prepare=(kill_at, "os.rename", "*/last.pt", 2))
+    run("train.py", "--cfg", cfg, log=log, prepare=[(kill_at, "os.rename", "*/last.pt", 2)])
 
 dies just before it renames anything to or from last.pt for the second time. Events: "open" (files, and folders that
-are synced), "os.rename" (os.replace too), "os.remove", "os.mkdir", "os.truncate", "shutil.copyfile", ... as listed in
-Python's table of audit events.
+are synced), "os.rename" (os.replace too), "os.remove", ... as in Python's table of audit events.
 """
 
 import errno
@@ -62,13 +61,10 @@ def _at(event: str, pattern: str, number: int, action: Callable[[], None]) -> No
 
     def hook(name: str, arguments: tuple) -> None:
         nonlocal seen
-        if name == event and any(_fits(argument, pattern) for argument in arguments):
+        paths = [argument for argument in arguments if isinstance(argument, str | os.PathLike)]
+        if name == event and any(fnmatch(os.fspath(path), pattern) for path in paths):
             seen += 1
             if seen == number:
                 action()
 
     sys.addaudithook(hook)
-
-
-def _fits(argument, pattern: str) -> bool:
-    return isinstance(argument, str | os.PathLike) and fnmatch(os.fspath(argument), pattern)

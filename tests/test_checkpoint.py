@@ -195,7 +195,7 @@ def limit_file_size(size: int) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_takes_no_checkpoint_is_said_and_the_run_ends_with_an_error(train, folder, tmp_path):
-    status, output = train(prepare=(limit_file_size, 100_000))
+    status, output = train(prepare=[(limit_file_size, 100_000)])
     assert status == 2
     assert output.count("warning: no checkpoint could be written") == 2  # one at the end of each epoch, no other
     assert "error: the last checkpoint could not be written" in output
@@ -207,7 +207,7 @@ def test_a_disk_that_takes_no_checkpoint_is_said_and_the_run_ends_with_an_error(
 
 @pytest.mark.slow
 def test_a_disk_that_has_room_again_gets_the_next_checkpoint_and_the_best(train, folder):
-    status, output = train(n_epochs=3, prepare=(fail_at, "open", "*/.best.pt.*.part"), monitor="min mIoU3")
+    status, output = train(n_epochs=3, prepare=[(fail_at, "open", "*/.best.pt.*.part")], monitor="min mIoU3")
     assert status == 0, output
     assert "No space left on device); the older ones stand" in output
     assert load_checkpoint(folder / "last.pt")["epoch"] == 3
@@ -220,7 +220,7 @@ def test_a_disk_that_has_room_again_gets_the_next_checkpoint_and_the_best(train,
 def waiting(data, tmp_path):
     """A run that waits in its second epoch; and what lets it go on."""
     cfg = write_config(tmp_path, data, n_epochs=2)
-    prepare = (before_step, 2, wait_until_there, str(tmp_path / "go"))
+    prepare = [(before_step, 2, wait_until_there, str(tmp_path / "go"))]
     child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=prepare)
     child.wait_for("waiting")
     yield child, (tmp_path / "go").touch

@@ -43,9 +43,8 @@ def test_a_terminal_gets_a_bar_and_a_log_file_no_fragments_of_one(is_terminal: b
     assert bool(stream.getvalue()) == is_terminal
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (240, "4 min"), (12000, "3 h 20 min")])
-def test_a_duration_in_words(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_a_duration_in_words() -> None:
+    assert [duration(seconds) for seconds in (4.4, 240, 12000)] == ["4 s", "4 min", "3 h 20 min"]
 
 
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.stem)
@@ -59,12 +58,8 @@ def test_threads_are_told_to_sleep_before_torch_is_loaded(path: Path) -> None:
     assert not ours or ours[0] != "torch", "write `import utils` above torch, as tools/export.py does"
 
 
-@pytest.mark.slow
-def test_the_environment_says_so_when_torch_is_loaded() -> None:
-    code = (
-        "import os, sys; sys.addaudithook(lambda event, a: event == 'import' and a[0] == 'torch' and "
-        "print(os.environ.get('OMP_WAIT_POLICY'))); import tools.export"
-    )
+def test_threads_are_told_to_sleep_unless_the_user_says_otherwise() -> None:
+    code = "import os, sys, utils; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines()[0] == "PASSIVE", done.stderr
+    assert done.stdout == "PASSIVE False\n", done.stderr

@@ -43,7 +43,7 @@ def started(processes: int, script: str, cfg: Path, *arguments) -> list[Child]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     logs = [cfg.with_name(f"rank{rank}-{port}.txt") for rank in range(processes)]
-    ranks = [(be_rank, rank, processes, port) for rank in range(processes)]
+    ranks = [[(be_rank, rank, processes, port)] for rank in range(processes)]
     return [
         Child(script, "--cfg", cfg, *arguments, log=log, prepare=rank) for log, rank in zip(logs, ranks, strict=True)
     ]

@@ -42,28 +42,19 @@ def test_a_kept_checkpoint_is_gone_on_from_with_the_same_losses(file, tmp_path, 
     assert next_losses(tmp_path, str(file), exp_name="new") == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_format_of_today_is_kept():
-    assert load_checkpoint(KEPT / f"format{FORMAT}.pt")["format"] == FORMAT
-
-
-def test_a_checkpoint_of_format_1_is_a_start_for_another_run_alone(tmp_path, monkeypatch):
+def test_the_format_of_today_is_kept_and_format_1_is_a_start_for_another_run_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
     old = tmp_path / "old.pt"
-    torch.save(load_checkpoint(KEPT / "format2.pt") | {"format": 1}, old)
+    torch.save(load_checkpoint(KEPT / f"format{FORMAT}.pt") | {"format": 1}, old)
     with pytest.raises(UserError, match=rf"{old}: is of format 1, .* init_from={old}$"):
         next_losses(tmp_path, str(old))
     assert len(next_losses(tmp_path, exp_name="new", init_from=str(old), n_epochs=1)) == 2
 
 
-def keep_one() -> None:
+if __name__ == "__main__":
     models.hseg.build_encoder = SlimEncoder
-    KEPT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         losses = next_losses(Path(folder))
         file = Path(folder) / "experiments/tiny/models_checkpoints/checkpoint_3.pt"
         (KEPT / f"format{FORMAT}.pt").write_bytes(file.read_bytes())
     write_json(losses[6:], KEPT / f"format{FORMAT}.json")
-
-
-if __name__ == "__main__":
-    keep_one()
