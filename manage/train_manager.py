@@ -94,6 +94,8 @@ class TrainManager:
         try:
             self._open(resume, overwrite, take_over)
             if self.epoch >= config.n_epochs:
+                if not (config.checkpoints_dir / "last.pt").is_file():  # it was killed on the way to it
+                    self.save("last")
                 say(f"experiment {config.exp_name!r} is finished ({config.n_epochs} epochs); n_epochs may grow")
                 return 0
             # nohup's wish not to hear SIGHUP is respected
