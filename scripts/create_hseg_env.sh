@@ -31,40 +31,24 @@ find_python() {
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10 python}; do
         if is_supported "$candidate"; then echo "$candidate"; return; fi
     done
-    fail "found no Python 3.10 to 3.13 (python3 is $(python3 -V 2>&1 || true)); install one, or name it: PYTHON=/path/to/python bash $0"
+    fail "found no Python 3.10 to 3.13; install one, or name it: PYTHON=/path/to/python bash $0"
 }
 
 env=$PWD/hseg_env
 
-make_with_conda() {
-    if [ ! -x "$env/bin/python" ]; then
-        echo "creating the conda environment $env" >&2
-        conda create --yes --quiet --prefix "$env" python=3.12 pip >&2 ||
-            fail "conda could not create $env; HSEG_NO_CONDA=1 makes a venv instead"
-    fi
-}
-
-make_with_venv() {
-    if [ ! -x "$env/bin/python" ] || ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
-        local python; python=$(find_python)
-        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-            fail "$python cannot make environments; on Debian and Ubuntu install the package python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
-        echo "creating $env with $("$python" -V)" >&2
-        "$python" -m venv "$env" >&2 || fail "$python could not create $env"
-    fi
-}
-
-if [ "${HSEG_NO_CONDA:-0}" != 1 ] && command -v conda >/dev/null; then make_with_conda; else make_with_venv; fi
+if [ "${HSEG_NO_CONDA:-0}" != 1 ] && command -v conda >/dev/null; then
+    [ -x "$env/bin/python" ] || conda create --yes --quiet --prefix "$env" python=3.12 pip >&2 ||
+        fail "conda could not create $env; HSEG_NO_CONDA=1 makes a venv instead"
+elif ! "$env/bin/python" -m pip --version >/dev/null 2>&1; then
+    found=$(find_python)
+    "$found" -m venv "$env" >&2 ||
+        fail "the environment $env could not be created; on Debian and Ubuntu install the package python3-venv"
+fi
 python=$env/bin/python
 is_supported "$python" || fail "$env has $("$python" -V 2>&1), expected 3.10 to 3.13; delete that folder and run again"
 
-is_installed() {
-    local file
-    for file in "${requirements[@]}"; do cmp -s "$file" "$env/.installed/$file" || return 1; done
-}
-
 newest=${requirements[-1]}  # it includes the others
-if ! is_installed; then
+if ! cat "${requirements[@]}" | cmp -s - "$env/.installed-$newest"; then
     echo "installing $newest into $env (a few minutes the first time)" >&2
     pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }
     if [ ${#torch_index[@]} -gt 0 ]; then  # first, so that the next line finds it there
@@ -72,7 +56,6 @@ if ! is_installed; then
             fail "pip could not install torch for the CPU; its own message stands above"
     fi
     pip_install -r "$newest" || fail "pip could not install $newest; its own message stands above"
-    mkdir -p "$env/.installed"
-    cp "${requirements[@]}" "$env/.installed/"
+    cat "${requirements[@]}" >"$env/.installed-$newest"
 fi
 echo "$python"

@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models.hseg
 from configs.config import Config
+from docs.figures.gpu_plan import CARDS, Counter, count_step, plan_table
 from manage.network import build_network, load_hierarchy
 from tests.factory import REPO, make_data, write_config
 from tests.preloaded import SlimEncoder
 from tools.benchmark import rates, table_row
-from tools.gpu_plan import CARDS, Counter, count_step, plan_table
 
 
 def test_the_first_round_is_not_counted_and_a_row_shows_median_lowest_and_highest() -> None:
@@ -46,7 +46,7 @@ def test_a_step_has_the_flops_of_network_and_backward(monkeypatch) -> None:
 @pytest.mark.slow
 def test_the_stages_run_on_the_data_of_a_config(tmp_path: Path) -> None:
     cfg = write_config(tmp_path, make_data(tmp_path / "data", train=8, val=3))
-    stages = ["step", "loss", "loading", "epoch"]  # evaluation: two more processes, started the same way
+    stages = ["step", "loading", "epoch"]  # evaluation: two more processes, started the same way
     command = [sys.executable, "tools/benchmark.py", "--cfg", cfg, "--rounds", "1", "--only", *stages]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,7 @@
 
     python tools/benchmark.py                                         # the quick start's
     python tools/benchmark.py --cfg configs/pascal_part_cpu.json
-    python tools/benchmark.py batch_size=4 crop_size=64 --only step loss
-    python tools/benchmark.py --gpu-plan --cfg configs/hseg_bce_100.json    # what a GPU will be asked: counts, no times
+    python tools/benchmark.py batch_size=4 crop_size=64 --only step
 
 One round before the first is not counted. Shown are the median of the rounds, the lowest and the highest. Epoch and
 evaluation run the commands that users run. Measure on a machine that does nothing else.
@@ -47,15 +46,9 @@ def main() -> None:
     parser.add_argument("--cfg", metavar="F", default=REPOSITORY / "configs/quickstart.json", help="a JSON config")
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"some of: {', '.join(STAGES)}")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--gpu-plan", action="store_true", help="count what a GPU will be asked, measure nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.cfg, arguments.overrides)
-    if arguments.gpu_plan:
-        from tools.gpu_plan import plan_table  # counts by what is private to torch: only when asked for
-
-        print(plan_table(config))
-        return
     lines = ["| photos/s | median | lowest to highest |", "| --- | ---: | ---: |"]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         places = {"root_dir": folder, "root_data_dir": str(config.data_dir)}  # it writes nothing elsewhere
@@ -107,18 +100,14 @@ def train_parts(config: Config) -> tuple[Learner, TrainLoader]:
 
 
 def step_stage(config: Config, rounds: int) -> Rows:
-    """Forward, loss, backward, optimiser."""
+    """Forward, loss, backward, optimiser; and the loss alone."""
     learner, loader = train_parts(config)
     batch = next(iter(loader))
-    yield "training step, batch in memory", rates(lambda: learner.step([batch], config.lr), len(batch.image), rounds)
-
-
-def loss_stage(config: Config, rounds: int) -> Rows:
-    learner, loader = train_parts(config)
-    labels = next(iter(loader)).labels
-    size = (len(labels), learner.hierarchy.num_nodes, *labels.shape[1:])
+    photos, labels = len(batch.image), batch.labels
+    yield "training step, batch in memory", rates(lambda: learner.step([batch], config.lr), photos, rounds)
+    size = (photos, learner.hierarchy.num_nodes, *labels.shape[1:])
     logits = torch.randn(size, device=labels.device, requires_grad=True)
-    values = rates(lambda: learner.criterion(logits, labels).backward(), len(labels), rounds)
+    values = rates(lambda: learner.criterion(logits, labels).backward(), photos, rounds)
     yield "the criterion alone, forward and backward", values
 
 
@@ -170,7 +159,6 @@ def evaluation_stage(config: Config, rounds: int) -> Rows:
 
 STAGES: dict[str, Callable[[Config, int], Rows]] = {
     "step": step_stage,
-    "loss": loss_stage,
     "loading": loading_stage,
     "epoch": epoch_stage,
     "evaluation": evaluation_stage,

@@ -76,14 +76,11 @@ def run_all(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[str
     """First what the choices need, then the final runs. Returns what went wrong."""
     logs = entries[0].logs
     lock = Lock(logs)
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        lock.take(arguments.take_over)  # one runner at a time for a file of runs
-        for entry in entries:
-            entry.logs.mkdir(parents=True, exist_ok=True)
-            entry.write_lists()
-    except OSError as error:
-        raise UserError(f"{error.filename or logs}: cannot be written ({error.strerror})") from None
+    logs.mkdir(parents=True, exist_ok=True)
+    lock.take(arguments.take_over)  # one runner at a time for a file of runs
+    for entry in entries:
+        entry.logs.mkdir(parents=True, exist_ok=True)
+        entry.write_lists()
     runner = Runner(arguments.jobs, logs, arguments.take_over)
     handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -215,21 +215,19 @@ class Hierarchy:
         """What one node alone cannot show."""
         if not is_text(self.name):
             raise UserError(f"{source}: 'name' must be a non-empty text, not {self.name!r}")
-        for name in self.level_names:  # they name folders of pictures
-            if not is_text(name) or re.search(r"^\.|[/\\:]", name) or name.lower() in TAKEN_FOLDERS:
-                raise UserError(
-                    f"{source}: 'levels' holds {name!r}; a level's name is a text without / \\ : or a first dot, "
-                    f"and none of {', '.join(TAKEN_FOLDERS)}"
-                )
         if not is_int(self.ignore_index) or not self.num_nodes <= self.ignore_index <= MAX_LABEL:
             raise UserError(
                 f"{source}: 'ignore_index' is {self.ignore_index!r}; it must be an integer from {self.num_nodes} "
                 f"(the number of nodes) to {MAX_LABEL}, usually 255"
             )
-        if not len(self.level_names) == len(set(self.level_names)) == self.num_levels:
+        odd = [
+            n for n in self.level_names if not is_text(n) or re.search(r"^\.|[/\\:]", n) or n.lower() in TAKEN_FOLDERS
+        ]
+        if odd or not len(self.level_names) == len(set(self.level_names)) == self.num_levels:
             raise UserError(
-                f"{source}: 'levels' is {list(self.level_names)}; the tree is {self.num_levels} levels deep, "
-                f"so give {self.num_levels} different names, the leaves' level first"
+                f"{source}: 'levels' is {list(self.level_names)}; the tree is {self.num_levels} levels deep, so give "
+                f"{self.num_levels} different names, the leaves' level first. They name folders: without / \\ : or a "
+                f"first dot, and none of {', '.join(TAKEN_FOLDERS)}"
             )
         for what, values in (("name", self.names), ("colour", self.colours)):
             for v, value in enumerate(values):
@@ -252,19 +250,18 @@ class Hierarchy:
         """
         table = list(range(self.num_nodes))
         for v, name in self.mirrors.items():
-            where = f"{source}: node {v} ({self.names[v]}) names the mirror {name!r}"
-            if name not in self.names:
-                raise UserError(f"{where}, which is no node; the nodes are {', '.join(self.names)}")
-            table[v] = self.names.index(name)
-            if self.mirrors.get(table[v]) != self.names[v]:
-                raise UserError(f'{where}, which does not name it back: give that node "mirror": "{self.names[v]}"')
-        for v, w in enumerate(table):
-            above = None if self.parents[v] is None else table[self.parents[v]]
-            if self.parents[w] != above:
-                wanted = "a root" if above is None else f"below {self.names[above]!r}"
+            named = self.names.index(name) if name in self.names else None
+            if named is None or self.mirrors.get(named) != self.names[v]:
                 raise UserError(
-                    f"{source}: the mirror of node {v} ({self.names[v]}) is {self.names[w]!r}, which is not {wanted}; "
-                    "two nodes that swap stand below one parent, or below two that swap"
+                    f"{source}: node {v} ({self.names[v]}) names the mirror {name!r}, which is no node that names it "
+                    "back"
+                )
+            table[v] = named
+        for v, w in enumerate(table):
+            if self.parents[w] != (None if self.parents[v] is None else table[self.parents[v]]):
+                raise UserError(
+                    f"{source}: the mirror of node {v} ({self.names[v]}) is {self.names[w]!r}; two nodes that swap "
+                    "stand below one parent, or below two that swap"
                 )
         return None if table == list(range(self.num_nodes)) else tuple(table)
 

@@ -1,14 +1,19 @@
 """What a GPU will be asked in one training step, counted on a CPU: operations, bytes, FLOPs, and the time they bound.
 
-    python tools/benchmark.py --gpu-plan --cfg configs/hseg_bce_100.json
+    python docs/figures/gpu_plan.py --cfg configs/hseg_bce_100.json
 
 Nothing is computed: the step of train.py runs on tensors without memory, with the network in bf16. An operation that
 touches data is at least one kernel launch. Its bytes are those of the tensors it reads and writes, each once; a card
 with a large cache moves less, one that needs workspaces moves more.
 """
 
+import argparse
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -17,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from configs.config import Config
+from configs.config import Config, load_config
 from manage.learner import Learner
 from manage.network import load_hierarchy
+from utils.cli import run_main
 from utils.dataset import Sample
 
 # Dense bf16 with float32 sums, and memory bandwidth, from the makers' data sheets.
@@ -89,3 +95,15 @@ def plan_table(config: Config) -> str:
         seconds = counter.seconds(*speed)
         lines.append(f"| {card} | {1e3 * seconds:.1f} ms | {config.batch_size / seconds:.0f} |")
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", metavar="F", help="a JSON config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values")
+    arguments = parser.parse_intermixed_args()
+    print(plan_table(load_config(arguments.cfg, arguments.overrides)))
+
+
+if __name__ == "__main__":
+    run_main(main)
