@@ -45,21 +45,15 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # zipfile and torch raise many kinds for a damaged archive
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds Python objects, which would run code when loaded"
-        raise DamagedCheckpoint(
-            f"{path}: truncated, damaged, or not a checkpoint ({reason}); use another one"
-        ) from None
+            reason = "it holds Python objects, which would run code"
+        raise DamagedCheckpoint(f"{path}: truncated, damaged, or no checkpoint ({reason}); use another one") from None
     _check_content(state, path)
     return state
 
 
 def checkpoint_digest(path: Path) -> str | None:
-    """The SHA-256 of a checkpoint's file; None where there is none that can be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+    """The SHA-256 of a checkpoint's file; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def newest_valid(folder: Path, say=print) -> Path | None:

@@ -28,20 +28,15 @@ def check_data(config: Config, hierarchy: Hierarchy, splits: Sequence[str] = ("t
     Raises: UserError naming the first thing that is not there or does not fit.
     """
     if not config.data_dir.is_dir():
-        raise UserError(
-            f"key 'root_data_dir': {config.data_dir} is not there. Prepare the data set "
-            "(tools/prepare_pascal_part.py), or draw sample data: python tools/make_sample_data.py"
-        )
+        advice = "prepare the data set (docs/data.md), or draw sample data: python tools/make_sample_data.py"
+        raise UserError(f"key 'root_data_dir': {config.data_dir} is not there; {advice}")
     encoding = load_encoding(config.labels_dir, hierarchy)
     ids = {split: read_split(config, split) for split in ("train", "val")}
     for split in splits:
         check_encoded(encoding, ids[split], config.ids_file(split), config.obey_exif, config.skip_unreadable)
     lists, shared = [config.ids_file(split) for split in ids], {*ids["train"]} & {*ids["val"]}
     if shared and lists[0] != lists[1]:
-        raise UserError(
-            f"{len(shared)} ids are in both {lists[0]} and {lists[1]} (the first: {min(shared)}); scores on photos "
-            "that were trained on mean nothing"
-        )
+        raise UserError(f"{len(shared)} ids are in both {lists[0]} and {lists[1]} (the first: {min(shared)})")
     return encoding
 
 

@@ -45,16 +45,14 @@ def is_main() -> bool:
 
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Adds up each tensor over all processes, in place."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrites each tensor with that of the main process."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.broadcast(tensor, src=0)
 
 
 def gather(value) -> list:
@@ -72,13 +70,12 @@ def on_main_only(action: Callable, *args) -> Any:
     Raises: UserError in all, for a UserError there, or a file that cannot be written.
     """
     result, fault = None, None
-    if is_main():
-        try:
-            result = action(*args)
-        except UserError as error:
-            fault = str(error)
-        except OSError as error:
-            fault = f"{error.filename}: cannot be written ({error.strerror}); set root_dir to a folder you may write to"
+    try:
+        result = action(*args) if is_main() else None
+    except UserError as error:
+        fault = str(error)
+    except OSError as error:
+        fault = f"{error.filename}: cannot be written ({error.strerror}); set root_dir to a folder you may write to"
     result, fault = gather((result, fault))[0]
     if fault is not None:
         raise UserError(fault)

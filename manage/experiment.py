@@ -1,6 +1,5 @@
 """The folders of one experiment: lock, config, environment record."""
 
-import contextlib
 import os
 import platform
 import re
@@ -48,8 +47,9 @@ def create_experiment(config: Config, lock: Lock, overwrite: bool = False, take_
 
 def _has_results(config: Config) -> bool:
     """Whether a start of this name has left anything that a new one would destroy."""
-    places = [(config.checkpoints_dir, "*.pt"), (config.tensorboard_dir, "events.out.*")]
-    return config.copy_file.exists() or any(any(folder.glob(pattern)) for folder, pattern in places)
+    return (
+        config.copy_file.exists() or any(config.checkpoints_dir.glob("*.pt")) or any(config.tensorboard_dir.glob("*"))
+    )
 
 
 def open_experiment(config: Config, lock: Lock, take_over: bool = False) -> None:
@@ -66,11 +66,6 @@ def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: st
 
     Raises: UserError where the tree, a key that changes results, or the `lists` of photos differ; n_epochs may grow.
     """
-    if state["format"] < 2:
-        raise UserError(
-            f"{source}: is of format 1, which can be evaluated but not gone on from; start another run from its "
-            f"weights: init_from={source}"
-        )
     theirs = config_from_dict(state["config"], f"{source}, its config", is_record=True)
     allowed = {*RESUMABLE_CHANGES, *["exp_name"] * is_new, *["n_epochs"] * (config.n_epochs > theirs.n_epochs)}
     changed = {key: pair for key, pair in differences(config, theirs).items() if key not in allowed}
@@ -150,7 +145,6 @@ def _commit() -> str:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):  # Linux alone says more
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{model}, {cores()} cores"
+    known = Path("/proc/cpuinfo")  # on Linux
+    model = re.search(r"model name\s*: (.*)", known.read_text() if known.is_file() else "")
+    return f"{model[1] if model else platform.machine()}, {cores()} cores"

@@ -18,10 +18,8 @@ def load_hierarchy(config: Config) -> Hierarchy:
     """The tree a config names. Raises: UserError when n_classes or monitor do not fit it."""
     hierarchy = Hierarchy.load(config.hierarchy_file)
     if config.n_classes is not None and config.n_classes != hierarchy.num_nodes:
-        raise UserError(
-            f"key 'n_classes': {config.n_classes}, but the tree {hierarchy.name!r} ({config.hierarchy}) has "
-            f"{hierarchy.num_nodes} nodes; correct it, or leave it out: it is derived from the tree"
-        )
+        known = f"the tree {config.hierarchy} has {hierarchy.num_nodes} nodes"
+        raise UserError(f"key 'n_classes': {config.n_classes}, but {known}; correct it, or leave it out")
     monitored, levels = config.monitor.split()[1], range(1, hierarchy.num_levels + 1)
     possible = [f"mIoU{level}{end}" for level in levels for end in ("", "_with_background")]
     possible += ["pixel_accuracy", "violation_rate", "loss_val"]
@@ -69,13 +67,10 @@ def _init_from(network: HSEG, hierarchy: Hierarchy, path: Path, say) -> None:
     state = load_checkpoint(path)
     theirs = Hierarchy.from_dict(state["tree"], f"{path}, its tree")
     given, own = state.get("ema") or state["model"], network.state_dict()
-    fitting = {key: value for key, value in given.items() if key in own and value.shape == own[key].shape}
-    fitting = {key: value for key, value in fitting.items() if not key.startswith("segmentation_head.")}
+    body = [key for key in own if not key.startswith("segmentation_head.")]
+    fitting = {key: given[key] for key in body if key in given and given[key].shape == own[key].shape}
     if not any(key.startswith("encoder.") for key in fitting):
-        raise UserError(
-            f"key 'init_from': {path} is of encoder {state['config'].get('encoder')!r}, of which nothing fits the "
-            "config's; set encoder to that one"
-        )
+        raise UserError(f"key 'init_from': nothing of {path} fits; set encoder to {state['config'].get('encoder')!r}")
     shared = [name for name in hierarchy.names if name in theirs.names]
     for key in ("segmentation_head.weight", "segmentation_head.bias"):
         if key in given and given[key].shape[1:] == own[key].shape[1:]:
@@ -83,7 +78,7 @@ def _init_from(network: HSEG, hierarchy: Hierarchy, path: Path, say) -> None:
                 own[key][hierarchy.names.index(name)] = given[key][theirs.names.index(name)].to(own[key])
     network.load_state_dict(own | fitting)
     anew = [f"node {name!r}" for name in hierarchy.names if name not in shared]
-    anew += [key for key in own if key not in fitting and not key.startswith("segmentation_head.")]
+    anew += [key for key in body if key not in fitting]
     say(f"started from {path}; at random: {', '.join(anew) or 'nothing'}")
 
 

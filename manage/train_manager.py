@@ -43,7 +43,7 @@ PROGRESS = ("epoch", "batch", "step", "loss_sum", "loss_steps", "best", "best_ep
 
 
 class Interrupted(Exception):
-    """A signal came; raised between two steps, where the state is whole."""
+    """A signal of this number came; raised between two steps, where the state is whole."""
 
 
 class TrainManager:
@@ -80,7 +80,6 @@ class TrainManager:
         self.late, self.newest_loss = deque[Step](), "-"  # steps on their way from the device; as it is shown
         self.is_whole = True  # between two steps, all of them finite as far as is known
         self.signal: int | None = None  # what this process was told
-        self.stopped_by: int | None = None  # what one of all processes was told, once all know
         self.lock, self.report = Lock(config.experiment_dir), TrainingReport(config, self.hierarchy, self.device)
 
     # --- opening ---
@@ -148,7 +147,8 @@ class TrainManager:
             self.load_state(state, source)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); use another one") from None
+            advice = f"use another one, or start anew from its weights: init_from={source}"
+            raise DamagedCheckpoint(f"{source}: its state cannot be taken over ({reason}); {advice}") from None
         if state["world"] != self.world:
             steps = f"a step takes {photos * self.config.accumulate} photos from here on"
             say(f"{state['world']} processes before, {self.world} now: {steps}")
@@ -161,9 +161,9 @@ class TrainManager:
             while self.epoch < self.config.n_epochs:
                 self._train_epoch()
                 self._finish_epoch()
-        except Interrupted:
-            self.report.farewell(self.stopped_by, self.step, is_saved=bool(self.save("last")))
-            return 128 + self.stopped_by
+        except Interrupted as stop:
+            self.report.farewell(stop.args[0], self.step, is_saved=bool(self.save("last")))
+            return 128 + stop.args[0]
         except Exception as error:
             if distributed.means_lost_process(error):
                 raise
@@ -221,22 +221,19 @@ class TrainManager:
         while len(self.late) > late:
             step = self.late.popleft()
             loss, norm, is_finite = step.read()
-            if not is_finite:
+            if not is_finite:  # for all processes, of which each names its photos
                 self.is_whole = False
-                raise UserError(self._not_finite(step, loss, norm))
+                ids = [self.train_ids[index] for part in step.photos for index in part.tolist()]
+                photos = ", ".join(sample_id for part in distributed.gather(ids) for sample_id in part)
+                raise UserError(
+                    f"step {step.number} (epoch {(step.number - 1) // self.steps_per_epoch + 1}): loss {loss:g}, "
+                    f"gradient norm {norm:g} is not finite. Photos: {photos}. The checkpoints in "
+                    f"{self.config.checkpoints_dir} are from before it. Lower lr, or set grad_clip (such as 1.0), "
+                    "under a new exp_name"
+                )
             self.newest_loss = f"{loss:.3f}"
             if step.number % self.config.log_every == 0:
                 self.report.scalars({"loss": loss, "lr": step.lr}, step.number)
-
-    def _not_finite(self, step: Step, loss: float, norm: float) -> str:
-        """All processes come here for the same step: loss and gradient are of all."""
-        ids = [self.train_ids[index] for part in step.photos for index in part.tolist()]
-        photos = ", ".join(sample_id for part in distributed.gather(ids) for sample_id in part)
-        return (
-            f"step {step.number} (epoch {(step.number - 1) // self.steps_per_epoch + 1}): loss {loss:g}, gradient norm "
-            f"{norm:g} is not finite. Photos: {photos}. The checkpoints in {self.config.checkpoints_dir} are from "
-            "before it. Lower lr, or set grad_clip (such as 1.0), under a new exp_name"
-        )
 
     def _finish_epoch(self) -> None:
         """Validates, draws the curves, and saves."""
@@ -366,6 +363,5 @@ class TrainManager:
         """
         asked = distributed.largest(2 * (self.signal or 0) + (wants_save and distributed.is_main()))
         if asked > 1:
-            self.stopped_by = asked // 2  # this process's own signal may come later still
-            raise Interrupted
+            raise Interrupted(asked // 2)
         return asked == 1
