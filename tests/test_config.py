@@ -8,8 +8,6 @@ import types
 import typing
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from configs.config import (
     FIELDS,
@@ -34,21 +32,6 @@ def test_a_shipped_config_says_what_differs_from_the_defaults_and_is_named_as_it
     save_config(config, tmp_path / "a.json", full=False)
     assert path.read_text() == (tmp_path / "a.json").read_text(), "write it with save_config"
     assert config.exp_name == path.stem
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31 - 1),
-    lr=st.floats(1e-12, 100),
-    names=st.lists(st.sampled_from(["tree_min", "bce", "ce"]), min_size=1, unique=True),
-    weight=st.floats(0.001, 1000),
-    bias=st.dictionaries(st.text(st.characters(categories=["L", "P"]), min_size=1), st.floats(-50, 50), max_size=3),
-)
-def test_numbers_and_names_lose_nothing_on_disk(tmp_path_factory, seed, lr, names, weight, bias):
-    config = Config(seed=seed, lr=lr, criterion=dict.fromkeys(names, weight), root_bias=bias)
-    path = tmp_path_factory.getbasetemp() / "any.json"
-    save_config(config, path)
-    assert load_config(path) == config
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -107,12 +90,6 @@ def test_a_mistake_in_a_file_names_file_and_key(tmp_path, text, words):
         load_config(path)
 
 
-def test_a_file_that_is_not_there_is_answered_with_those_that_are(tmp_path):
-    (tmp_path / "right.json").write_text("{}")
-    with pytest.raises(UserError, match=r"wrong\.json: no such file.*right\.json"):
-        load_config(tmp_path / "wrong.json")
-
-
 def test_keys_that_went_are_named_but_stand_in_records(tmp_path):
     copy = tmp_path / "experiments" / "x" / "configs" / "x.json"
     copy.parent.mkdir(parents=True)
@@ -143,17 +120,11 @@ def test_an_override_is_json_where_it_can_be_and_text_elsewhere():
         assert (parsed, type(parsed)) == (value, type(value))
 
 
-MISTAKEN = {
-    ("lr",): "'lr' is not an override; expected key=value",
-    ("lr=fast",): "with overrides: key 'lr': expected a number, found a text",
-    ("lrr=1",): "unknown key 'lrr'; did you mean 'lr'",
-}
-
-
-@pytest.mark.parametrize(("overrides", "part"), MISTAKEN.items())
-def test_a_mistaken_override_is_named(overrides, part):
-    with pytest.raises(UserError, match=part):
-        load_config(None, overrides)
+def test_a_mistaken_override_is_named():
+    with pytest.raises(UserError, match="'lr' is not an override; expected key=value"):
+        load_config(None, ["lr"])
+    with pytest.raises(UserError, match="with overrides: key 'lr': expected a number, found a text"):
+        load_config(None, ["lr=fast"])
 
 
 # ---- the script --------------------------------------------------------------------------------------------------
