@@ -44,6 +44,8 @@ from utils.images import read_photo
 from utils.metrics import LevelScores
 
 OF_THE_NETWORK = ("encoder", "decoder_channels", "short_side", "decode", "root_bias", "tta")  # keys of its training
+# keys of scores.json: where they are equal, so are the scores
+IDENTITY = "checkpoint_sha256 amp tta tile decode root_bias photos ids_sha256 left_out pictures".split()
 N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
 DRAWN_AT_ONCE = 4  # photos that threads draw, or have before them, beside the network
 
@@ -187,18 +189,16 @@ class EvaluationManager:
 
     def _say_what_is_not_used(self, config: Config) -> None:
         """A network is fed and decoded as it was trained, whatever the config says of that."""
-        notes = []
+        if not distributed.is_main():
+            return
         if config.hierarchy_file.is_file():
             changes = tree_changes(self.hierarchy, Hierarchy.load(config.hierarchy_file))
             if changes := [part for part in changes if part != "name"]:
-                notes.append(f"the config's tree has other {', '.join(changes)}: scores are by the checkpoint's")
+                print(f"note: the config's tree has other {', '.join(changes)}: scores are by the checkpoint's")
         for key, (ours, own) in differences(config, self.trained_with).items():
             is_given = getattr(self.options, key, None) is not None or ours == getattr(Config(), key)
             if key in OF_THE_NETWORK and not is_given:
-                notes.append(f"the config's {key} {ours} is not used, but the checkpoint's own {own}")
-        if distributed.is_main():
-            for note in notes:
-                print(f"note: {note}")
+                print(f"note: the config's {key} {ours} is not used, but the checkpoint's own {own}")
 
     def run(self) -> dict:
         """Writes scores and pictures, prints the table, returns what scores.json holds."""
@@ -273,10 +273,8 @@ class EvaluationManager:
         """The checkpoint's name, and what the command line says otherwise."""
         options, stem = self.options, self.checkpoint.stem
         names = [stem if self._is_own else f"{self.trained_with.exp_name}-{stem}"]
-        names += [f"limit{options.limit}"] if options.limit is not None else []
-        names += filter(None, [options.decode, options.root_bias is not None and "bias", options.tta])
-        names += [f"tile{options.tile}"] if options.tile is not None else []
-        return "-".join(names)
+        names += [options.limit and f"limit{options.limit}", options.decode, options.root_bias and "bias", options.tta]
+        return "-".join(filter(None, [*names, options.tile and f"tile{options.tile}"]))
 
     def _make_folder(self) -> None:
         try:
@@ -336,23 +334,18 @@ class EvaluationManager:
             self._move_into_place()
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
-        first = self.decodings[0]
-        print(table(results[first.rule], self.hierarchy))
+        print(table(results[record["decode"]], self.hierarchy))
         if len(results) > 1:
             print(rules_table(record["rules"]))
         self.tolerance.faults = faults
         self.tolerance.report()
-        others = " (the other rules without)" if first.root_bias and len(results) > 1 else ""
-        how = f"{first}{others}, tta {record['tta']}"
-        print(f"{len(ids)} photos by {self.checkpoint}, decoded by {how}; scores and pictures are in {self.folder}")
+        how = f"decoded by {self.decodings[0]}, tta {record['tta']}"
+        print(f"{len(ids)} photos by {self.checkpoint}, {how}; scores and pictures are in {self.folder}")
         return record
 
 
-def _identity(folder: Path) -> list | None:
-    """What makes two evaluations say the same; None of a folder that holds none."""
-    try:
-        record = read_json(folder / "scores.json")
-    except UserError:
-        return None
-    keys = "checkpoint_sha256 amp tta tile decode root_bias photos ids_sha256 left_out pictures".split()
-    return [*(record.get(key) for key in keys), *record["rules"]]
+def _identity(folder: Path) -> list:
+    """What makes two evaluations say the same."""
+    path = folder / "scores.json"
+    record = read_json(path) if path.is_file() else {}
+    return [[record.get(key) for key in IDENTITY], *record.get("rules", [])]

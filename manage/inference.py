@@ -41,11 +41,11 @@ def logit_rows(
     tile: int | None = None,
     mirror: Sequence[int] | None = None,
 ) -> Rows:
-    """Logits at `size` in bands of rows, so that no photo is too large; where memory lacks, in smaller windows.
+    """Logits at `size` in bands of rows, so that no photo is too large.
 
     `tile` None: windows only where the photo is large. `mirror`: the node that each node is in a mirror.
     Shape: (3, h, w) uint8 -> (rows, (1, N, rows, W) float32).
-    Raises: NotFinite; what an allocator raises, where even the smallest windows are too large.
+    Raises: NotFinite; what an allocator raises, see `photo_named`.
     """
     height, width = image.shape[-2:]
     # the larger views hold more detail than the fed size, of which a photo that was reduced gains
@@ -56,15 +56,7 @@ def logit_rows(
         shape = (grain * window.shape[-2], grain * window.shape[-1])
         return mean_of_views(lambda view: forward(network, view, amp), window[None], shape, tta, mirror)[0]
 
-    while True:
-        try:
-            logits = _blended(look, image, tile, getattr(network, "stride", 32), grain)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or tile <= SMALLEST_TILE:
-                raise
-        tile = max(SMALLEST_TILE, tile // 2)
-    yield from _bands(logits, size)
+    yield from _bands(_blended(look, image, tile, getattr(network, "stride", 32), grain), size)
 
 
 @contextlib.contextmanager
@@ -78,8 +70,8 @@ def photo_named(name: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"photo {name!r}: does not fit in memory, even in windows of {SMALLEST_TILE}; end other work on this "
-            "machine, make the photo smaller, or train with a short_side"
+            f"photo {name!r}: does not fit in memory; give --tile {SMALLEST_TILE}, end other work on this machine, "
+            "or train with a short_side"
         ) from None
 
 

@@ -72,12 +72,13 @@ def load_state(path: Path) -> dict[str, Any]:
         return load_checkpoint(path)
     try:
         from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{path}: needs the package safetensors: pip install -r requirements-export.txt") from None
-    try:
+
         weights = load_file(path / "model.safetensors")
     except Exception as error:  # the package raises its own kinds
-        raise UserError(f"{path / 'model.safetensors'}: damaged ({error}); copy the folder again") from None
+        raise UserError(
+            f"{path / 'model.safetensors'} cannot be read ({error}); copy the folder again, or, where the package "
+            "safetensors is not there, pip install -r requirements-export.txt"
+        ) from None
     return {
         "model": weights,
         "ema": None,
@@ -152,11 +153,6 @@ class Predictor:
 
         Raises: UserError for a checkpoint, device or option that cannot be used.
         """
-        if checkpoint is None and not SHIPPED.is_file():
-            raise UserError(
-                f"{SHIPPED}: the shipped model is not there; put it back, or name a model of yours, such as "
-                "--checkpoint quickstart"
-            )
         where = distributed.choose_device(device)
         path = SHIPPED if checkpoint is None else find_model(str(checkpoint), REPOSITORY)
         state = load_state(path)

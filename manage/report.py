@@ -133,18 +133,20 @@ def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, An
     files = ["scores.csv", "scores.json", *([CURVES] if (folder / CURVES).is_file() else [])]
     means = [(f"mIoU{level['level']} · {level['name']}", level["mIoU"]) for level in levels]
     others = [(name, value) for name, value in scores["scores"].items() if not name.startswith("mIoU")]
-    totals = [(_value(name, value), escape(name.replace("_", " "))) for name, value in means + others]
+    totals = [(shown(name, value).strip(), escape(name.replace("_", " "))) for name, value in means + others]
     without = ", ".join(h.names[node] for node in sorted(h.background))
+    how = [f"epoch {scores['epoch']}", f"{len(photos):,} photos", f"decoded by {scores['decode']}"]
+    how += [f"root_bias {scores['root_bias']}"] if scores["root_bias"] else []
+    how += [f"tta {scores['tta']}", f"tree {scores['tree']['name']}", scores["environment"]["time"]]
     faults = [f"{sample_id}: {fault}" for sample_id, fault in scores["left_out"].items()]
     parts = {
         "title": escape(f"{scores['config']['exp_name']}: {scores['checkpoint']}"),
-        "subtitle": escape(_subtitle(scores, len(photos))),
+        "subtitle": escape(" · ".join(how)),
         "links": " · ".join(f'<a href="{file}">{Path(file).name}</a>' for file in files),
         "experiment": escape(scores["config"]["exp_name"]),
         "totals": "".join(f'<div class="total"><b>{value}</b><span>{name}</span></div>' for value, name in totals),
         "means": escape(f"The mean leaves {without} out.") if without else "",
         "scores": "".join(_score_table(level, h) for level in levels),
-        "rules": _rules_table(scores["rules"]),
         "confusion": "".join(_confusion_table(level, h) for level in levels),
         "legend": "".join(_legend_entry(node, h) for node in h.preorder),
         "keys": "".join(f'<option value="{i}">{escape(key)}</option>' for i, key in enumerate(_sort_keys(h))),
@@ -161,19 +163,9 @@ def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, An
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def _subtitle(scores: dict[str, Any], n_photos: int) -> str:
-    how = [f"epoch {scores['epoch']}", f"{n_photos:,} photos", f"decoded by {scores['decode']}"]
-    how += [f"root bias of {root} {offset}" for root, offset in scores["root_bias"].items()]
-    how += [f"test-time augmentation {scores['tta']}"] if scores["tta"] != "off" else []
-    return " · ".join([*how, f"tree {scores['tree']['name']}", scores["environment"]["time"]])
-
-
-def _value(name: str, value: float | None) -> str:
-    return shown(name, value).strip().replace(" ", "&nbsp;")  # no line breaks before the sign
-
-
-def _cell(part: float, whole: float) -> str:
-    return f"<td>{100 * part / whole:.1f}</td>" if whole else "<td>–</td>"
+def _cell(part: float, whole: float, style: str = "") -> str:
+    """A share in percent."""
+    return f'<td style="{style}">{100 * part / whole:.1f}</td>' if whole else "<td>–</td>"
 
 
 def _class(node: int, h: Hierarchy) -> str:
@@ -186,49 +178,32 @@ def _legend_entry(node: int, h: Hierarchy) -> str:
     return f'<span title="{title}">{"›" * (len(path) - 1)}{_class(node, h)}</span>'
 
 
-def _table(kind: str, head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first cell of a row as it is to be read; the others are `<td>` elements."""
-    lines = [f"<tr><th>{first}</th>{''.join(cells)}</tr>" for first, *cells in rows]
-    heads = "".join(f"<th><span>{name}</span></th>" for name in head)
-    return f'<table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def _panel(level: dict[str, Any], content: str) -> str:
-    return f'<div class="panel"><h3>Level {level["level"]}: {escape(level["name"])}</h3>{content}</div>'
+def _table(kind: str, level: dict[str, Any], head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of HTML: the first cell of a row as it is to be read, the others as `<td>` elements."""
+    title = f"Level {level['level']}: {escape(level['name'])}"
+    lines = "".join(f"<tr><th>{first}</th>{''.join(cells)}</tr>" for first, *cells in rows)
+    heads = "".join(f"<th><span>{escape(name)}</span></th>" for name in head)
+    table = f'<table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>'
+    return f'<div class="panel"><h3>{title}</h3>{table}</div>'
 
 
 def _score_table(level: dict[str, Any], h: Hierarchy) -> str:
     counts, rows = np.array(level["confusion"]), []
     for i, name in enumerate(level["classes"]):
-        node = h.names.index(name)
         hits, truth, predicted = counts[i, i], counts[i].sum(), counts[:, i].sum()
-        width = 100 * (level["IoU"][name] or 0)
-        bar = f'<td><i style="width: {width:.1f}%; background: rgb{h.colours[node]}"></i></td>'
         shares = ((hits, truth + predicted - hits), (hits, predicted), (hits, truth), (truth, level["pixels"]))
-        rows.append([_class(node, h), bar, *(_cell(part, whole) for part, whole in shares)])
+        rows.append([_class(h.names.index(name), h), *(_cell(part, whole) for part, whole in shares)])
     means = {"mean": level["mIoU"]} | ({"with background": level["mIoU_with_background"]} if h.background else {})
-    rows += [[name, "<td></td>", _cell(mean or 0, mean is not None)] for name, mean in means.items()]
-    return _panel(level, _table("scores", ("class", "", "IoU", "precision", "recall", "share"), rows))
-
-
-def _rules_table(rules: dict[str, dict[str, float | None]]) -> str:
-    if len(rules) < 2:
-        return ""
-    names = [name for name in next(iter(rules.values())) if not name.endswith("_with_background")]
-    rows = [[rule, *(f"<td>{_value(name, values[name])}</td>" for name in names)] for rule, values in rules.items()]
-    table = _table("scores", ["", *(escape(name.replace("_", " ")) for name in names)], rows)
-    return f'<h3>Decoding rules</h3><div class="panel">{table}</div>'
+    rows += [[name, _cell(mean or 0, mean is not None)] for name, mean in means.items()]
+    return _table("scores", level, ("class", "IoU", "precision", "recall", "share"), rows)
 
 
 def _confusion_table(level: dict[str, Any], h: Hierarchy) -> str:
-    """Each cell the share of the row's true class, in percent."""
-    names, rows = level["classes"], []
-    for name, row in zip(names, level["confusion"], strict=True):
-        cells = []
-        for other, count in zip(names, row, strict=True):
-            share = count / sum(row) if any(row) else 0
-            style = f"background: rgb(11 98 164 / {100 * share:.0f}%); color: {'#fff' if share > 0.55 else 'inherit'}"
-            title = escape(f"{name} predicted as {other}: {count:,} pixels")
-            cells.append(_cell(count, sum(row)).replace("<td", f'<td title="{title}" style="{style}"'))
+    """Each cell the share of the row's true class."""
+    rows = []
+    for name, row in zip(level["classes"], level["confusion"], strict=True):
+        total = sum(row)
+        styles = (f"background: rgb(11 98 164 / {60 * count / total if total else 0:.0f}%)" for count in row)
+        cells = (_cell(count, total, style) for count, style in zip(row, styles, strict=True))
         rows.append([_class(h.names.index(name), h), *cells])
-    return _panel(level, _table("confusion", ["", *map(escape, names)], rows))
+    return _table("confusion", level, ["", *level["classes"]], rows)

@@ -91,7 +91,7 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["demo.py"])
     monkeypatch.setattr(manage.predictor, "SHIPPED", tmp_path / "shipped.pt")
     for gradio, message in (
-        (object(), "the shipped model is not there.*--checkpoint"),
+        (object(), "shipped.pt: no such checkpoint"),
         (None, "pip install -r requirements-demo"),
     ):
         monkeypatch.setattr(demo, "gr", gradio)

@@ -122,7 +122,7 @@ def test_without_a_checkpoint_the_shipped_model_is_used_and_named(shipped, tmp_p
     assert f"exporting {shipped}, decoded by logit_sum with root_bias" in capsys.readouterr().out
     assert (tmp_path / "again.pt").read_bytes() == shipped.read_bytes(), "made of itself it is the same"
     shipped.unlink()
-    with pytest.raises(UserError, match=r"shipped.pt: the shipped model is not there; .*--checkpoint quickstart"):
+    with pytest.raises(UserError, match=r"shipped.pt: no such checkpoint"):
         run(monkeypatch, "--out", tmp_path / "gone" / "model.pt")
 
 
@@ -165,5 +165,5 @@ def test_mistakes_are_said_before_anything_is_exported(checkpoint, tmp_path, mon
 def test_a_damaged_folder_is_named(tmp_path):
     pytest.importorskip("safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"model.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
         Predictor.load(tmp_path, "cpu")

@@ -104,14 +104,10 @@ def test_a_flip_swaps_the_nodes_of_a_mirror_pair():
     torch.testing.assert_close(swapped, (plain + flipped.flip(-1)[:, [0, 2, 1, 3]]) / 2)
 
 
-def test_where_memory_lacks_windows_shrink_and_then_the_photo_is_named():
-    image, size = noise(600, 900), (600, 900)
-    small = Edges(fails_above=300 * 300)
-    torch.testing.assert_close(photo_logits(small, image, size), plainly(small, image, size), atol=2e-4, rtol=1e-4)
-    assert small.largest == 256 * 256
-    message = "photo 'a.jpg': does not fit in memory, even in windows of 256"
+def test_a_photo_that_does_not_fit_is_named_with_what_to_do():
+    message = "photo 'a.jpg': does not fit in memory; give --tile 256"
     with pytest.raises(UserError, match=message), photo_named("a.jpg"):
-        photo_logits(Edges(fails_above=0), image, size)
+        photo_logits(Edges(fails_above=0), noise(60, 90), (60, 90))
     with pytest.raises(RuntimeError, match="another fault"), photo_named("a.jpg"):
         raise RuntimeError("another fault")
 

@@ -70,10 +70,10 @@ class Exportable(nn.Module):
         self.network = predictor.network.to(memory_format=torch.contiguous_format)
         self.rule, self.hierarchy = predictor.decoding.rule, predictor.hierarchy
         self.tta, mirror, device = predictor.how["tta"], predictor.how["mirror"], predictor.device
+        bias = leaf_bias(predictor.decoding.biases(self.hierarchy), self.hierarchy, device, torch.float32)
         self.register_buffer("mirror", None if mirror is None else torch.tensor(mirror, device=device))
         self.register_buffer("leaf_ids", self.hierarchy.leaf_index(device).clone())
-        biases = predictor.decoding.biases(self.hierarchy)
-        self.register_buffer("bias", leaf_bias(biases, self.hierarchy, device, torch.float32))
+        self.register_buffer("bias", bias)
         self.requires_grad_(False)
 
     def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,12 +187,9 @@ def export_model(predictor: Predictor, path: Path, licence: str) -> None:
         write_json(state["config"], path / "config.json")
         write_json(state["tree"], path / "tree.json")
     records = evaluations_of(scored, state["config"])
-    write_whole(card(state, records, licence), card_of(path))
-    print(f"wrote {path}, and {card_of(path)} with the scores of {len(records)} evaluations")
-
-
-def card_of(path: Path) -> Path:
-    return path.with_name("README.md") if path.suffix else path / "README.md"
+    readme = (path.parent if path.suffix else path) / "README.md"
+    write_whole(card(state, records, licence), readme)
+    print(f"wrote {path}, and {readme} with the scores of {len(records)} evaluations")
 
 
 def evaluations_of(checkpoint: Path, config: dict) -> list[dict]:
@@ -220,9 +217,7 @@ def card(state: dict, records: Sequence[dict], licence: str) -> str:
         licence=licence,
         name=config.exp_name,
         tree=h.name,
-        photos=f"On {records[0]['photos']} photos"
-        if records
-        else "Not evaluated yet: run evaluate.py on this very file",
+        photos=f"On {records[0]['photos']} photos" if records else "Not evaluated yet: see docs/predict.md",
         table="\n".join(f"| {' | '.join(map(str.strip, row))} |" for row in rows),
         epoch=state["epoch"],
         origin=", ".join(f"{key} {value}" for key, value in state["origin"].items()),
@@ -276,7 +271,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: expected a name that ends in .pt2, .onnx or .pt, or a folder without an ending")
     if missing := [package for package in PACKAGES[out.suffix] if importlib.util.find_spec(package) is None]:
         raise UserError(f"--out {out} needs {', '.join(missing)}: pip install -r requirements-export.txt")
-    beside = card_of(out) if out.suffix in (".pt", "") else out.with_suffix(".json")
+    beside = {".pt": out.with_name("README.md"), "": out}.get(out.suffix, out.with_suffix(".json"))
     if not overwrite and (there := [path for path in (out, beside) if path.exists()]):
         raise UserError(f"{there[0]} exists already; choose another --out, or give --overwrite")
 

@@ -10,7 +10,6 @@ from utils.hierarchy import Hierarchy
 from utils.images import write_indexed
 
 VOID_COLOUR = (128, 128, 128)
-LARGEST = 60_000  # pixels a side: a JPEG file holds no more than 65,535
 
 
 def palette(hierarchy: Hierarchy) -> np.ndarray:
@@ -34,21 +33,10 @@ def overlay(photo: np.ndarray, labels: np.ndarray, hierarchy: Hierarchy, strengt
     return mixed
 
 
-def captioned_overlay(photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy) -> np.ndarray:
-    """The overlay at the photo's own size, over a legend of the colours that can be in it.
-
-    Shape: (H, W, 3) uint8, (H, W) node ids -> (about H, W, 3) uint8.
-    """
-    picture = overlay(photo, leaves, hierarchy)
-    if max(leaves.shape) > LARGEST:
-        picture = thumbnail(picture, LARGEST)
-    coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
-    return stack([picture, legend(hierarchy, max(picture.shape[1], 200), coloured)])
-
-
 def write_maps(folder: Path, name: str, photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy) -> None:
     """Writes <level>/<name>.png, a label map in the tree's colours, for each level, and overlay/<name>.jpg.
 
+    The overlay has the photo's own size, over a legend of the colours that can be in it.
     Shape: (H, W, 3) uint8, (H, W) leaf ids. Raises: OSError, UserError.
     """
     for level, level_name in enumerate(hierarchy.level_names):
@@ -57,7 +45,9 @@ def write_maps(folder: Path, name: str, photo: np.ndarray, leaves: np.ndarray, h
         write_indexed(path, hierarchy.level_of(leaves, level), hierarchy.colours)
     path = folder / "overlay" / f"{name}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(captioned_overlay(photo, leaves, hierarchy)).save(path, quality=88)
+    coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
+    captions = legend(hierarchy, max(photo.shape[1], 200), coloured)
+    Image.fromarray(stack([overlay(photo, leaves, hierarchy), captions])).save(path, quality=88)
 
 
 def level_maps(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:

@@ -116,9 +116,6 @@ function point(event) {
   // scores lie on every other pixel of the maps: all is said of one of those
   const even = (share, size) => 2 * Math.floor((Math.min(Math.max(share, 0), 0.9999) * size) / 2);
   const column = even((event.clientX - box.left) / box.width, width), row = even((event.clientY - box.top) / box.height, height);
-  element.style.setProperty("--x", `${(100 * (column + 0.5)) / width}%`);
-  element.style.setProperty("--y", `${(100 * (row + 0.5)) / height}%`);
-  element.classList.add("pointed");
   const readout = find("readout");
   (find("viewer").open ? find("viewer") : document.body).append(readout); // a modal dialog covers everything else
   readout.replaceChildren(...lines(element, column, row));
@@ -135,18 +132,14 @@ function lines({ maps, photo }, column, row) {
   const line = (title, value) => el("p", {}, `${title} `, swatch(colourOf(value)),
     isNode(value) ? paths[value].map((id) => nodes[id].name).join(" › ") : "void");
   return [line("truth:", truth), line("prediction:", leaf), ...order.map((id) => {
-    const depth = paths[id].length - 1, parent = paths[id][depth - 1];
-    const isViolated = depth > 0 && score(id) >= 128 && score(parent) < 128;
-    const name = el("span", { style: `padding-left: ${0.8 * depth}em` }, swatch(nodes[id].colour), nodes[id].name);
-    return el("div", { class: `node${paths[leaf].includes(id) ? " predicted" : ""}${isViolated ? " violated" : ""}` }, name,
-      el("i", { style: `width: ${score(id) / 2.55}%` }), el("span", {}, (isViolated ? "⚠ " : "") + share((score(id) + 0.5) / 256, 0)));
+    const indent = `padding-left: ${0.8 * (paths[id].length - 1)}em`, bar = `width: ${score(id) / 2.55}%`;
+    return el("div", { class: `node${paths[leaf].includes(id) ? " predicted" : ""}` },
+      el("span", { style: indent }, swatch(nodes[id].colour), nodes[id].name), el("i", { style: bar }),
+      el("span", {}, share((score(id) + 0.5) / 256, 0)));
   })];
 }
 
-function hideReadout() {
-  find("readout").hidden = true;
-  document.querySelector(".card.pointed")?.classList.remove("pointed");
-}
+const hideReadout = () => { find("readout").hidden = true; };
 
 // --- the gallery, and one photo enlarged ---
 let chosen = [], page = 0, viewed = 0; // the photos that pass the filter, in order; the page and the photo shown
