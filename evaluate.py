@@ -12,8 +12,8 @@ Rule, root_bias and tta are the checkpoint's own, unless a flag or an override n
 import argparse
 
 from configs.config import DECODE_RULES, TTA, parse_overrides
+from manage.distributed import session
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
-from manage.faults import session
 from utils.cli import run_main
 
 

@@ -12,7 +12,6 @@ import argparse
 
 from configs.config import load_config
 from manage import distributed
-from manage.faults import session
 from manage.train_manager import TrainManager
 from utils.cli import run_main
 
@@ -36,7 +35,7 @@ def main() -> int:
     if arguments.resume and "=" in arguments.resume:  # --resume key=value
         arguments.overrides.append(arguments.resume)
         arguments.resume = ""
-    with session():
+    with distributed.session():
         config = load_config(arguments.cfg, arguments.overrides)
         distributed.start(distributed.choose_device(config.device), config.timeout_minutes)
         return TrainManager(config).run(arguments.resume, arguments.overwrite, arguments.take_over)

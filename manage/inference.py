@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manage.faults import is_out_of_memory
+from manage.distributed import is_out_of_memory
 from utils.errors import UserError
 
 WHOLE = 1024 * 2048  # pixels that go through at once

@@ -25,7 +25,6 @@ from manage.experiment import (
     resume_line,
     write_copies,
 )
-from manage.faults import one_line
 from manage.learner import Learner, Step, seed_everything
 from manage.network import load_hierarchy
 from manage.predictor import Decoding
@@ -341,7 +340,7 @@ class TrainManager:
     # --- ends before the last epoch ---
     def _last_words(self, error: Exception) -> str:
         """What ended the run, once what is whole has been saved."""
-        text = one_line(error, self.config, f"step {self.step + 1} (epoch {self.epoch + 1})")
+        text = distributed.one_line(error, self.config, f"step {self.step + 1} (epoch {self.epoch + 1})")
         if self.world > 1 or not self.is_whole or self.epoch >= self.config.n_epochs:
             return text
         try:

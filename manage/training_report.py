@@ -54,16 +54,23 @@ class TrainingReport:
             lines = self.file.read_text(encoding="utf-8").splitlines()
             self.lines = [line for line in lines if json.loads(line)["epoch"] <= epoch]
         self.writer = SummaryWriter(str(self.config.tensorboard_dir), purge_step=step + 1)
-        self._try(self.writer.add_custom_scalars, LAYOUT)
+        self._draw(lambda writer: writer.add_custom_scalars(LAYOUT))
 
     def flush(self) -> None:
         """Before a checkpoint: what it stands for must not be lost after it."""
-        if self.writer is not None:
-            self._try(self.writer.flush)
+        self._draw(lambda writer: writer.flush())
 
     def close(self) -> None:
-        if self.writer is not None:
-            self._try(self.writer.close)
+        self._draw(lambda writer: writer.close())
+
+    def _draw(self, how: Callable[[SummaryWriter], object]) -> None:
+        try:
+            if self.writer is not None:
+                how(self.writer)
+        except OSError as error:
+            if not self.is_silent:
+                print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
+            self.is_silent = True
 
     def start_clock(self, epochs_done: float) -> None:
         self.began, self.begun_at = time.monotonic(), epochs_done
@@ -85,29 +92,44 @@ class TrainingReport:
             say("compiling takes a minute or two before the first step")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items() if self.writer is not None else ():
-            self._try(self.writer.add_scalar, name, value, step)
+        self._draw(lambda writer: [writer.add_scalar(name, value, step) for name, value in values.items()])
 
     def epoch(self, record: dict, result: Validation | None) -> None:
         """One epoch: its curves, its line of metrics.jsonl, its line on screen."""
-        number, config = record["epoch"], self.config
-        curves = {_curve(key): value for key, value in record.items() if self._is_drawn(key) and value is not None}
-        curves = {key: value if key.startswith("loss") else 100 * value for key, value in curves.items()}
-        self.scalars(curves, number)
-        left = config.n_epochs - number
-        if self.writer is not None:
-            self.lines.append(json.dumps(record))
-            self._try(write_whole, "\n".join(self.lines) + "\n", self.file)
-            if result is not None:
-                self._draw(result, number)
-            for summary in summarise_hparams(what_tells_apart(config), dict.fromkeys(curves, 0.0)) if not left else ():
-                self._try(self.writer.file_writer.add_summary, summary)
+        number, left = record["epoch"], self.config.n_epochs - record["epoch"]
+        wanted = {key: value for key, value in record.items() if self._is_wanted(key) and value is not None}
+        curves = {key: value if key.startswith("loss") else 100 * value for key, value in wanted.items()}
+        self.scalars({key if key.startswith(("loss", "mIoU")) else f"val/{key}": curves[key] for key in curves}, number)
+        self.lines.append(json.dumps(record))
+        self._draw(lambda _: write_whole("\n".join(self.lines) + "\n", self.file))
+        if not left:
+            summaries = summarise_hparams(what_tells_apart(self.config), dict.fromkeys(curves, 0.0))
+            self._draw(lambda writer: [writer.file_writer.add_summary(summary) for summary in summaries])
         seconds = (time.monotonic() - self.began) / max(1e-9, number - self.begun_at) * left
         end = [f"{record['photos_per_second']:.1f} photos/s", *[f"{duration(seconds)} left"] * bool(left)]
-        scores = [_score(name.removeprefix("val/"), value) for name, value in curves.items()]
-        say("  ".join([f"epoch {number}/{config.n_epochs}", *scores, *end]))
+        scores = [_score(name, value) for name, value in curves.items()]
+        say("  ".join([f"epoch {number}/{self.config.n_epochs}", *scores, *end]))
         if result is not None:
-            self._warn_of_background(result)
+            self._show(result, number)
+
+    def _is_wanted(self, key: str) -> bool:
+        """Losses, and the wanted scores at every level."""
+        metric = "mIoU_with_background" if key.endswith("_with_background") else key.rstrip("0123456789")
+        return key in ("loss_train", "loss_val") or metric in self.config.metrics
+
+    def _show(self, result: Validation, epoch: int) -> None:
+        """Pictures and the score of each class, and a warning where no part is found at all."""
+        pictures = {f"val_pictures/{name}": picture for name, picture in result.pictures.items()}
+        self._draw(lambda writer: [writer.add_image(*item, epoch, dataformats="HWC") for item in pictures.items()])
+        self.scalars({f"val_IoU_level{lv}/{n}": 100 * v for lv, n, v in result.per_class if v is not None}, epoch)
+        background = {self.hierarchy.names[v] for v in self.hierarchy.background}
+        parts = [value for level, name, value in result.per_class if level == 1 and name not in background]
+        if background and not any(parts):
+            say(
+                "warning: not one pixel of a part is found, all is background. Usual causes: too few steps so far; lr "
+                "too high or too low (sgd 0.01, adam and adamw 0.001); masks of another class order (look at "
+                "val_pictures in TensorBoard)"
+            )
 
     def end(self, best: float | None, epoch: int | None) -> None:
         config = self.config
@@ -121,34 +143,6 @@ class TrainingReport:
         end = f"all is saved; {resume_line(self.config)}" if is_saved else "nothing could be saved since the last save"
         say(f"stopped by {signal.Signals(number).name} after step {step}; {end}")
 
-    def _is_drawn(self, key: str) -> bool:
-        """Losses, and the wanted scores at every level."""
-        metric = "mIoU_with_background" if key.endswith("_with_background") else key.rstrip("0123456789")
-        return key in ("loss_train", "loss_val") or metric in self.config.metrics
-
-    def _draw(self, result: Validation, epoch: int) -> None:
-        for name, picture in result.pictures.items():
-            self._try(self.writer.add_image, f"val_pictures/{name}", picture, epoch, None, "HWC")
-        self.scalars({f"val_IoU_level{lv}/{n}": 100 * v for lv, n, v in result.per_class if v is not None}, epoch)
-
-    def _warn_of_background(self, result: Validation) -> None:
-        background = {self.hierarchy.names[v] for v in self.hierarchy.background}
-        parts = [value for level, name, value in result.per_class if level == 1 and name not in background]
-        if background and not any(parts):
-            say(
-                "warning: not one pixel of a part is found, all is background. Usual causes: too few steps so far; lr "
-                "too high or too low (sgd 0.01, adam and adamw 0.001); masks of another class order (look at "
-                "val_pictures in TensorBoard)"
-            )
-
-    def _try(self, action: Callable, *arguments) -> None:
-        try:
-            action(*arguments)
-        except OSError as error:
-            if not self.is_silent:
-                print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
-            self.is_silent = True
-
 
 def what_tells_apart(config: Config) -> dict:
     """What the table of HParams shows of a config: five keys always, and those that differ from the defaults.
@@ -158,10 +152,6 @@ def what_tells_apart(config: Config) -> dict:
     values = {key: ours for key, (ours, _) in differences(config, Config()).items() if key not in PLACES}
     values |= {f" {key}": values.pop(key, getattr(config, key)) for key in FIRST}
     return {key: value if type(value) in (int, float, str) else str(value) for key, value in values.items()}
-
-
-def _curve(key: str) -> str:
-    return key if key.startswith(("loss", "mIoU")) else f"val/{key}"
 
 
 def _score(name: str, value: float) -> str:
