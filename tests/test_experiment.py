@@ -135,17 +135,6 @@ def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(t
     assert finished(tmp_path / "c", tree, root_bias={"body": 0.5}).finals({})[0].scored() is None
 
 
-def test_a_report_holds_what_is_finished_and_counts_the_rest(tmp_path: Path, tree: Hierarchy, monkeypatch) -> None:
-    path = write_runs(tmp_path, entry(tmp_path))
-    monkeypatch.setattr("sys.argv", ["experiment.py", str(path), "--only-report", "--out", str(tmp_path / "docs")])
-    with pytest.raises(UserError, match="no run is finished"):
-        tool.main()
-    finished(tmp_path, tree)
-    tool.main()
-    assert "1 runs are not finished." in (tmp_path / "docs" / "experiments.md").read_text()
-    assert json.loads((tmp_path / "docs" / "experiments.json").read_text())["groups"]["bce"][0]["seed"] == 0
-
-
 def fake_run(folder: Path, name: str, code: str) -> SimpleNamespace:
     """A run whose training is some code of Python's, and which has no evaluation."""
     config, is_scored = SimpleNamespace(exp_name=name, experiment_dir=folder / name), iter([None, True])

@@ -131,10 +131,8 @@ class Workshop:
         self.hierarchy = Hierarchy.load(TREE)
         self.manager = TrainManager(load_config(self.config_file))
         colours, labels = Image.open(self.data / "JPEGImages/p00.jpg"), Image.open(self.data / "gt_masks/p00.png")
-        exif = Image.Exif()
-        exif[0x0112] = 6
         kinds = [("PNG", mode, {}) for mode in ("RGB", "P", "RGBA")] + [("JPEG", mode, {}) for mode in ("RGB", "CMYK")]
-        kinds += [("JPEG", "L", {"progressive": True}), ("JPEG", "RGB", {"exif": exif})]
+        kinds += [("JPEG", "L", {"progressive": True})]
         self.photos = [(f".{kind.lower()}", saved(colours.convert(mode), kind, **more)) for kind, mode, more in kinds]
         self.masks = [(".png", saved(image, "PNG")) for image in (labels, colours, labels.convert("1"))]
         np.save(buffer := io.BytesIO(), np.array(labels, dtype=np.float32))

@@ -59,13 +59,10 @@ def gradients(run: TrainManager) -> Tensor:
 
 def test_accumulated_batches_equal_one_large_batch(start):
     large, small = start(batch_size=4), start(batch_size=1, accumulate=4)
-    for seeds in ((1, 2, 3, 4), (5, 6, 7, 8)):
-        whole = batch_of(*seeds)  # its photos have unequal numbers of known pixels
-        parts = [
-            Sample(whole.image[i : i + 1], whole.labels[i : i + 1], whole.index[i : i + 1], [""]) for i in range(4)
-        ]
-        loss = large.train_step([whole])
-        torch.testing.assert_close(small.train_step(parts), loss, rtol=1e-5, atol=0)
+    for seeds in ((1, 2, 3, 4), (5, 6, 7, 8)):  # photos have unequal numbers of known pixels
+        *images_and_labels, index, _ = batch_of(*seeds)
+        parts = [Sample(*(t[i : i + 1] for t in (*images_and_labels, index)), [""]) for i in range(4)]
+        torch.testing.assert_close(small.train_step(parts), large.train_step([batch_of(*seeds)]), rtol=1e-5, atol=0)
     assert_same(weights(large), weights(small))
 
 
@@ -105,15 +102,6 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale_until_none_
     assert_same(before, weights(run), rtol=0, atol=0)
 
 
-def test_channels_last_gives_the_same_steps(start):
-    plain, last = start(), start(channels_last=True)
-    assert last.learner.network.encoder.stages[1][0].weight.is_contiguous(memory_format=torch.channels_last)
-    for seeds in ((1, 2), (3, 4)):
-        loss = plain.train_step([batch_of(*seeds)])
-        torch.testing.assert_close(last.train_step([batch_of(*seeds)]), loss, rtol=1e-4, atol=0)
-    assert_same(weights(plain), weights(last), rtol=1e-3, atol=1e-5)
-
-
 def test_a_compiled_training_gives_the_same_steps_and_checkpoint_and_compiles_once(start, monkeypatch):
     compile_it, counters = torch.compile, torch._dynamo.utils.counters
     # the eager backend captures the graph like any other and needs no C++ compiler
@@ -130,15 +118,12 @@ def test_a_compiled_training_gives_the_same_steps_and_checkpoint_and_compiles_on
     assert compiled.state()["model"].keys() == plain.state()["model"].keys()
 
 
-def test_clipping_scales_the_gradient_to_its_limit_and_no_further(start):
-    free, clipped, loose = start(), start(grad_clip=0.01), start(grad_clip=1e9)
-    for run in (free, clipped, loose):
+def test_clipping_scales_the_gradient_to_its_limit(start):
+    free, clipped = start(), start(grad_clip=0.01)
+    for run in (free, clipped):
         run.train_step([batch_of(1, 2)])
     norm = gradients(free).norm()
-    assert norm > 0.01
-    torch.testing.assert_close(gradients(clipped).norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
     torch.testing.assert_close(gradients(clipped) * norm / 0.01, gradients(free), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(gradients(loose), gradients(free))
 
 
 def test_frozen_statistics_stay_and_others_move(start):

@@ -71,17 +71,12 @@ def write_file(place: str):
 REFUSED = {  # what is spoilt, keys of the config, and what must be said
     "no data": (None, {"root_data_dir": "nowhere"}, ["root_data_dir", "nowhere", "make_sample_data"]),
     "number of classes": (None, {"n_classes": 7}, ["n_classes", "7", "10 nodes"]),
-    "monitored score": (None, {"monitor": "max mIoU9"}, ["monitor", "mIoU9", "mIoU1"]),
-    "no such GPU": (None, {"device": "cuda:99"}, ["device", "cuda:99"]),
-    "mps": (None, {"device": "mps"}, ["'device'", "64 bits", "cpu"]),
     "one pixel": (None, {"batch_size": 1, "crop_size": 32}, ["'batch_size' 1 and 'crop_size' 32", "BatchNorm"]),
     "no photo": (lambda root: photo(root).unlink(), {}, ["'p01'", "JPEGImages"]),
-    "no label map": (lambda root: (root / "data/gt_masks_hie/p01.png").unlink(), {}, ["p01"]),
     "not encoded": (lambda root: shutil.rmtree(root / "data/gt_masks_hie"), {}, ["gt_masks_hie", "dataset_hie_enc"]),
     "another size": (lambda root: Image.new("RGB", (90, 40)).save(photo(root)), {}, ["p01"]),
     "damaged photo": (lambda root: photo(root).write_bytes(b"no photo"), {}, ["p01", "repair or remove"]),
     "no id": (write_ids(""), {}, ["train_id.txt", "empty"]),
-    "id of elsewhere": (write_ids("../x\n"), {}, ["train_id.txt", "line 1"]),
     "id twice": (write_ids("p00\np00\n"), {}, ["train_id.txt", "line 2"]),
     "id in both lists": (write_ids("p04\np00\n"), {}, ["train_id.txt", "both"]),
     "a file as experiment": (write_file("experiments/tiny"), {}, ["experiments/tiny: cannot be written (File exists)"]),
@@ -111,13 +106,6 @@ def test_a_value_that_is_too_large_is_cut_and_said(keys, capsys, changes, said):
     assert said in capsys.readouterr().out
 
 
-def test_as_many_damaged_photos_as_allowed_are_left_out_of_train_and_of_val(keys, tmp_path, capsys):
-    for damaged in ("p01", "p05"):
-        (tmp_path / "data" / "JPEGImages" / f"{damaged}.jpg").write_bytes(b"no photo")
-    assert train(keys, skip_unreadable=1)() == 0
-    assert {"left out: p01", "left out: p05"} <= {line[:13] for line in capsys.readouterr().out.splitlines()}
-
-
 def test_an_id_that_the_encoding_does_not_list_is_refused_though_there_is_a_label_map(keys, tmp_path):
     data = tmp_path / "data"
     for name in ("JPEGImages/{}.jpg", "gt_masks_hie/{}.png"):
@@ -143,33 +131,20 @@ HOLD = """
 import sys, pathlib
 from utils.locks import Lock
 lock = Lock(pathlib.Path(sys.argv[1]))
+lock.folder.mkdir(parents=True)
 lock.take()
 print(flush=True)
 input()
 """
 
 
-@pytest.fixture
-def owner(tmp_path):
-    """Another process that holds the experiment's lock."""
-    folder = tmp_path / "experiments/tiny"
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-c", HOLD, folder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO) as process:
-        process.stdout.readline()
-        yield process
-        process.kill()
-
-
 @pytest.mark.slow
-def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, owner, tmp_path, capsys):
-    refused(train(keys), f"in use by process {owner.pid} on {socket.gethostname()} since 2", "choose another")
-    signature = tmp_path / "experiments/tiny/.owner.json"
-    signature.rename(tmp_path / "signature")  # as in the moment before it has signed
-    refused(train(keys), "is in use by another;")
-    (tmp_path / "signature").rename(signature)
-    owner.kill()
-    owner.wait()
+def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, tmp_path, capsys):
+    command = [sys.executable, "-c", HOLD, tmp_path / "experiments/tiny"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO) as owner:
+        owner.stdout.readline()
+        refused(train(keys), f"in use by process {owner.pid} on {socket.gethostname()} since 2", "choose another")
+        owner.kill()
     assert train(keys)() == 0
     assert f"the lock of process {owner.pid} on" in capsys.readouterr().out
 
@@ -181,7 +156,6 @@ def test_a_lock_of_another_machine_is_taken_over_when_told(keys, tmp_path, capsy
     refused(train(keys), "was locked by process 1 on elsewhere since noon", "--take-over", "both would write")
     assert train(keys, take_over=True)() == 0
     assert "the lock of process 1 on elsewhere since noon is taken over" in capsys.readouterr().out
-    assert not signature.exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -205,13 +179,6 @@ def test_a_run_does_not_go_on_with_a_changed_tree(keys, tmp_path):
     tree["levels"][2] = "whole"
     path.write_text(json.dumps(tree))
     refused(train(keys, ""), f"the tree {path} has other levels", "last.pt")
-
-
-def test_a_folder_in_place_of_a_checkpoint_is_answered_with_what_it_holds(trained, tmp_path):
-    folder = tmp_path / "experiments/tiny/models_checkpoints"
-    for action in (train(trained, str(folder)), evaluate(trained, str(folder))):
-        refused(action, f"{folder}': no such checkpoint", "last.pt")
-    assert train(trained, "")() == 0, "the lock was given back"
 
 
 def test_a_checkpoint_of_another_tree_is_refused(trained, tmp_path):
