@@ -136,7 +136,7 @@ def test_all_faulty_files_are_listed_and_the_rest_is_kept_for_the_next_run(folde
     for part in (
         "5 of 6 masks",
         "a.png: label 77 at row 0, column 0",
-        "b.npy holds float64",
+        "b.npy holds no integer label ids",
         "no file for id 'c'",
         "is 4x2 (width x height), its photo d.jpg is 9x9",
         "e: it has two masks",

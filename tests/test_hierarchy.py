@@ -98,7 +98,7 @@ def with_nodes(*nodes: dict) -> dict:
 
 BROKEN = {
     "unknown key": (edited(extra=1), "'extra'"),
-    "duplicate id": (with_nodes(node(0, "a"), node(0, "b")), "0 is given to 'a' and 'b'"),
+    "duplicate id": (with_nodes(node(0, "a"), node(0, "b")), r"ids of the nodes are \[0, 0\]"),
     "duplicate name": (with_nodes(node(0, "a"), node(1, "a", 2), node(2, "c")), "same name 'a'"),
     "unknown parent": (with_nodes(node(0, "a"), node(1, "b", 7), node(2, "c")), "node 1 \\(b\\).*parent 7"),
     "cycle": (with_nodes(node(0, "a"), node(1, "b", 2), node(2, "c", 1)), "cycle.*b -> c -> b"),

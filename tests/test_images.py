@@ -61,9 +61,8 @@ def test_16_bits_keep_their_brightness_and_12_in_16_are_refused_by_name(tmp_path
         write(np.full((4, 4), value, np.uint16))
         assert read_photo(path).getpixel((1, 1)) == (value // 256,) * 3
     write(np.full((4, 4), 4000, np.uint16))
-    for read in (read_photo, photo_size):
-        with pytest.raises(UserError, match=r"dark\.png .*12-bit"):
-            read(path)
+    with pytest.raises(UserError, match=r"dark\.png .*12-bit"):
+        read_photo(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -133,17 +132,12 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
 # ---- label maps --------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_again_with_its_colours_and_a_failed_write_says_where(tmp_path):
-    path = tmp_path / "a.png"
-    write_indexed(path, LABELS, [(9, 9, 9), RED])
-    assert (read_labels(path) == LABELS).all()
-    with Image.open(path) as image:
+def test_what_is_written_is_read_again_with_its_colours(tmp_path):
+    write_indexed(tmp_path / "a.png", LABELS, [(9, 9, 9), RED])
+    assert (read_labels(tmp_path / "a.png") == LABELS).all()
+    with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P"
         assert image.convert("RGB").getpixel((1, 0)) == RED
-    (tmp_path / "b.png").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*b\.png"):
-        write_indexed(tmp_path / "b.png", LABELS, [])
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint16])

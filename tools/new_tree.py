@@ -17,22 +17,23 @@ Leaves get the first ids, then their parents. Background is marked as such, left
 
 import argparse
 import csv
+import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from configs.config import REPOSITORY
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
-from utils.masks import BACKGROUND, VOID_NAMES
+from utils.ids import read_text
+from utils.masks import BACKGROUND, VOID_NAMES, classes_of
 
 Node = tuple[str, str | None, int | None]  # name, parent, value
 
@@ -40,57 +41,51 @@ Node = tuple[str, str | None, int | None]  # name, parent, value
 def read_list(path: Path) -> list[Node]:
     """The classes in the order of the file. Raises: UserError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a list of classes, one a line") from None
     if path.suffix.lower() != ".csv":
         return indented(lines, path)
-    rows = list(csv.DictReader(lines, restval=""))
-    if not rows or not {"name", "parent"} <= set(rows[0]):
-        raise UserError(f"{path}: its first line must name the columns: name,parent (a root's parent is left empty)")
-    nodes = [(row["name"].strip(), row["parent"].strip() or None, None) for row in rows]
-    if unknown := {parent for _, parent, _ in nodes} - {None, *(name for name, _, _ in nodes)}:
-        raise UserError(f"{path}: {', '.join(sorted(unknown))} stands as a parent alone; add a line for it")
-    return nodes
+    rows = [(row["name"], row["parent"]) for row in csv.DictReader(lines) if {"name", "parent"} <= row.keys()]
+    parent_of = {(name or "").strip(): (parent or "").strip() for name, parent in rows}
+    if len(parent_of) < max(1, len(rows)) or not {*parent_of.values()} <= {"", *parent_of}:
+        raise UserError(
+            f"{path}: expected the columns name,parent, a line for each class, and one for each parent, too"
+        )
+    return [(name, parent or None, None) for name, parent in parent_of.items()]
 
 
 def indented(lines: list[str], path: Path) -> list[Node]:
     nodes, above = [], []  # above: (indent, name) from the root down
     for line, text in enumerate(lines, 1):
         text = text.partition("#")[0].expandtabs(4).rstrip()
-        indent, text, left = len(text) - len(text.lstrip()), text.strip(), None
-        name = re.sub(r"^\d+\s*[:=,;]\s*|\s*:.*$", "", text)
-        value = re.search(r"^\d+(?=\s*[:=,;])|(?<=:)\s*\d+", text)
+        indent, left = len(text) - len(text.lstrip()), None
+        name, values = classes_of(text.strip())[0]
         if not name or name.lower() in VOID_NAMES:
             continue
         while above and above[-1][0] >= indent:
             left = above.pop()[0]
         if left not in (None, indent):
             raise UserError(f"{path}, line {line}: {name!r} should be as far in as a line above it, say {left}")
-        nodes.append((name, above[-1][1] if above else None, int(value[0]) if value else None))
+        nodes.append((name, above[-1][1] if above else None, int(values[0]) if values else None))
         above.append((indent, name))
     return nodes
 
 
 def colours(count: int) -> list[list[int]]:
-    """Colours each as far as can be from all before it, from black and from white, in CIELAB."""
-    steps = np.linspace(0, 255, 12).round().astype(np.uint8)
-    rgb = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)  # the first is black, the last white
-    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    lab = np.array(ImageCms.applyTransform(Image.fromarray(rgb), to_lab))[0]
-    lab = np.stack([lab[:, 0] / 2.55, lab[:, 1].view(np.int8), lab[:, 2].view(np.int8)], -1)
-    chosen, fit = [0, len(lab) - 1], np.abs(lab[:, 0] - 60) < 32
+    """Colours each as far as can be from all before it, from black and from white."""
+    grid = np.array([*itertools.product(range(0, 256, 17), repeat=3)])
+    weighted = grid * [0.55, 0.77, 0.33]  # an eye tells greens apart best, blues least
+    chosen = [0, len(grid) - 1]
     while len(chosen) < count + 2:
-        distance = np.linalg.norm(lab[:, None] - lab[chosen], axis=-1).min(1)
-        chosen.append(int((distance * fit).argmax()))
-    return rgb[0, chosen[2:]].tolist()
+        distance = np.linalg.norm(weighted[:, None] - weighted[chosen], axis=-1).min(1)
+        chosen.append(int(distance.argmax()))
+    return grid[chosen[2:]].tolist()
 
 
 def make_tree(nodes: list[Node], name: str, levels: list[str] | None, source: str) -> Hierarchy:
     """Ids, colours, mirrors and level names for a list of classes. Raises: UserError where it is no tree."""
-    names, parents = [node[0] for node in nodes], {node[1] for node in nodes}
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{source}: {', '.join(twice)} twice; each class needs a name of its own, such as cat_head")
+    parents = {node[1] for node in nodes}
     leaves = [node for node in nodes if node[0] not in parents]
     if {value for _, _, value in leaves} == set(range(len(leaves))):
         leaves.sort(key=lambda node: node[2])

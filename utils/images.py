@@ -16,9 +16,7 @@ MASK_SUFFIXES = (".png", ".npy")
 SLIMMEST = 16  # the longer side is resized to at most so many times the short side that is asked for
 VOID_COLOUR = (224, 224, 192)  # what a label without a colour of its own looks like
 ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: turned or mirrored
-UPRIGHT = dict(
-    zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True)
-)  # orientation -> PIL's transposition that undoes it
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> PIL's transposition that undoes it
 
 Colour = tuple[int, int, int]
 
@@ -69,13 +67,8 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
-    """((width, height) as stored, EXIF orientation), read without decoding, but for 16 bits a channel.
-
-    Raises: UserError as `read_photo` does.
-    """
+    """((width, height) as stored, EXIF orientation), read without decoding. Raises: UserError as `read_photo` does."""
     with _named(path, "photo"), Image.open(path) as image:
-        if _has_16_bits(image):
-            _to_rgb(image)  # its values may be out of range
         return image.size, _orientation(image)
 
 
@@ -106,12 +99,9 @@ def _orientation(image: Image.Image) -> int:
     return found if found in UPRIGHT else 1
 
 
-def _has_16_bits(image: Image.Image) -> bool:
-    return image.mode.startswith("I") or any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    has_16_bits = _has_16_bits(image)  # before it is decoded
+    tiles = getattr(image, "tile", ())  # they go when it is decoded
+    has_16_bits = image.mode.startswith("I") or any("16" in str(tile[3]) for tile in tiles)
     if image.mode == "F":
         raise ValueError("pixels are floats, which have no known range; save the photo with 8 bits a channel")
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips it to white
@@ -152,18 +142,12 @@ def read_values(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises: UserError where the file is absent, damaged, or can be no mask.
     """
     with _named(path, "mask"):
-        return (_read_npy(path), None) if Path(path).suffix.lower() == ".npy" else _read_png(path)
+        return _read_npy(path) if Path(path).suffix.lower() == ".npy" else _read_png(path)
 
 
 def write_indexed(path: str | Path, labels: np.ndarray, palette: Sequence[Colour]) -> None:
-    """Writes labels (H, W) uint8 as a palette PNG, one byte a pixel; the file appears whole or not at all.
-
-    Raises: UserError where the folder cannot be written.
-    """
-    try:
-        write_whole(indexed_png(labels, palette), path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    """Writes labels (H, W) uint8 as a palette PNG; the file appears whole or not at all. Raises: OSError."""
+    write_whole(indexed_png(labels, palette), path)
 
 
 def indexed_png(labels: np.ndarray, palette: Sequence[Colour]) -> bytes:
@@ -188,18 +172,17 @@ def _read_png(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
             )
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
         values = np.array(image)
-        return values if stored != "I;16B" else _in_fewest_bytes(values), palette
+        return values if stored != "I;16B" else _in_fewest_bytes(path, values), palette
 
 
-def _read_npy(path: str | Path) -> np.ndarray:
+def _read_npy(path: str | Path) -> tuple[np.ndarray, None]:
     values = np.load(path, allow_pickle=False)
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "iu" or not values.size:
-        what = f"{getattr(values, 'dtype', type(values))} of shape {getattr(values, 'shape', None)}"
-        raise UserError(f"the mask {path} holds {what}; expected integer label ids (height, width)")
+        raise UserError(f"the mask {path} holds no integer label ids of shape (height, width)")
+    return _in_fewest_bytes(path, values), None
+
+
+def _in_fewest_bytes(path: str | Path, values: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"the mask {path} holds values from {values.min()} to {values.max()}; expected 0 to 65535")
-    return _in_fewest_bytes(values)
-
-
-def _in_fewest_bytes(values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint16 if values.max() > 255 else np.uint8)

@@ -39,7 +39,7 @@ class Lock:
             if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
                 raise
             raise UserError(
-                f"{self.folder}/.lock: cannot be locked ({error.strerror}); use a folder on a disk that knows locks"
+                f"{self.folder}: cannot be locked ({error.strerror}); use a disk that knows locks"
             ) from None
         if owner:
             print(f"the lock of {who} is taken over")
@@ -63,8 +63,6 @@ class Lock:
             return False
 
     def _owner(self) -> dict:
-        try:
-            owner = read_json(self.signature)
-        except UserError:  # none, written this moment, or by nobody
-            return {}
-        return owner if isinstance(owner, dict) else {}
+        with contextlib.suppress(UserError, TypeError, ValueError):  # none, written this moment, or by nobody
+            return dict(read_json(self.signature))
+        return {}

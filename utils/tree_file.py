@@ -41,13 +41,9 @@ def checked_nodes(tree: Any, source: str) -> list[dict[str, Any]]:
         for key, (is_right, meant) in NODE_KEYS.items():
             if key in node and not is_right(node[key]):
                 raise UserError(f"{where}, name {node['name']!r}: {key!r} is {node[key]!r}; it must be {meant}")
-    names = [[node["name"] for node in nodes if node["id"] == v] for v in range(len(nodes))]
-    for v, those in enumerate(names):
-        if len(those) != 1:
-            raise UserError(
-                f"{source}: ids must be 0 to {len(nodes) - 1}, each once; {v} is given to "
-                f"{' and '.join(map(repr, those)) or 'no node'}"
-            )
+    ids = sorted(node["id"] for node in nodes)
+    if ids != list(range(len(nodes))):
+        raise UserError(f"{source}: the ids of the nodes are {ids}; they must be 0 to {len(nodes) - 1}, each once")
     for node in nodes:
         if node["parent"] not in (None, *range(len(nodes))):
             raise UserError(
@@ -59,7 +55,5 @@ def checked_nodes(tree: Any, source: str) -> list[dict[str, Any]]:
 def _check_keys(record: Any, allowed: Any, required: Any, where: str) -> None:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, got {record!r}")
-    if unknown := sorted(record.keys() - allowed):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(allowed))}")
-    if missing := sorted(required - record.keys()):
-        raise UserError(f"{where}: the key {missing[0]!r} is missing")
+    if wrong := sorted((record.keys() - allowed) | (required - record.keys())):
+        raise UserError(f"{where}: the key {wrong[0]!r} is unknown or missing; keys are {', '.join(sorted(allowed))}")

@@ -37,7 +37,7 @@ def write_maps(folder: Path, name: str, photo: np.ndarray, leaves: np.ndarray, h
     """Writes <level>/<name>.png, a label map in the tree's colours, for each level, and overlay/<name>.jpg.
 
     The overlay has the photo's own size, over a legend of the colours that can be in it.
-    Shape: (H, W, 3) uint8, (H, W) leaf ids. Raises: OSError, UserError.
+    Shape: (H, W, 3) uint8, (H, W) leaf ids. Raises: OSError.
     """
     for level, level_name in enumerate(hierarchy.level_names):
         path = folder / level_name / f"{name}.png"  # not with_suffix: a name may hold a dot
