@@ -96,7 +96,7 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
     """
     config = config_from_dict(state["config"], f"{source}, its config", is_record=True)
     hierarchy = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
-    weights = state["ema"] or state["model"]
+    weights = state.get("ema") or state["model"]
     last = weights.get("decoder.last.block.0.weight")  # of version 0.1: a 1 x 1 convolution
     network = _assemble(config, hierarchy, subpixel=isinstance(last, Tensor) and last.shape[-1] == 1)
     load_weights(network, weights, source)
