@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from configs.config import load_config
-from manage.data import Tolerance, TrainLoader, ValLoader
+from manage.data import TrainLoader, ValLoader
 from manage.train_manager import TrainManager
 from tests.factory import TREE, VOID, make_data, write_config
 from utils.dataset import EpochBatches, Files, Photos, keep_photos
@@ -73,12 +73,6 @@ def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, reads):
     for _ in range(3):
         list(others)
     assert dict(reads) == dict.fromkeys(range(8), 3)
-
-
-def test_an_epoch_can_begin_in_its_middle(loader):
-    whole, part = loader(cache="off"), loader()
-    part.batches.start_at(1, first=2)
-    assert_equal(list(whole)[2:], list(part))
 
 
 def test_a_loop_that_ends_early_leaves_no_thread_at_work(loader, reads):
@@ -176,11 +170,3 @@ def test_labels_that_do_not_fit_their_photo_or_tree_are_named(tmp_path):
     for size, value, fault in (((40, 49), 0, "40 x 49, its photo"), ((40, 50), 9, "label 9 is unknown")):
         Image.new("L", size, value).save(files.labels)
         assert fault in Photos([files], None, n_labels=9, void=VOID)[0].fault
-
-
-def test_bad_photos_are_counted_once_each_and_limited():
-    tolerance = Tolerance(1, ["a", "b"])
-    assert not tolerance.check(0, "damaged")
-    assert not tolerance.check(0, "damaged")
-    with pytest.raises(UserError, match=r"'b'.*raise skip_unreadable"):
-        tolerance.check(1, "damaged")

@@ -99,13 +99,6 @@ def test_a_slim_photo_does_not_fill_the_memory(tmp_path):
     assert read_photo(save(tmp_path / "a.png", Image.new("RGB", (1, 3000))), 160).size == (1, 2560)
 
 
-def test_fast_decoding_shows_the_same_picture(tmp_path):
-    ramp = np.linspace(0, 255, 800).astype(np.uint8)
-    path = save(tmp_path / "a.jpg", Image.fromarray(np.tile(ramp, (600, 1))).convert("RGB"), quality=95)
-    slow = read_photo(path).resize((133, 100), Image.Resampling.BILINEAR)
-    assert np.abs(np.asarray(read_photo(path, 100), int) - np.asarray(slow, int)).max() <= 4
-
-
 @pytest.mark.parametrize("content", [b"", b"no picture", "half"])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_a_damaged_photo_is_named(tmp_path, content, suffix):

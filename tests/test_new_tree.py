@@ -61,10 +61,6 @@ def test_a_list_of_values_gives_the_order_of_the_leaves(made):
     assert h.background == {0}
 
 
-def test_levels_may_be_named(made):
-    assert made(INDENTED, ".txt", "--levels", "parts,animals,all").level_names == ("parts", "animals", "all")
-
-
 @pytest.mark.parametrize("count", [3, 10, 60])
 def test_colours_are_easy_to_tell_apart(count):
     all_of_them = np.array([[0, 0, 0], [255, 255, 255], *new_tree.colours(count)], dtype=int)
