@@ -75,15 +75,6 @@ def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, reads):
     assert dict(reads) == dict.fromkeys(range(8), 3)
 
 
-def test_a_loop_that_ends_early_leaves_no_thread_at_work(loader, reads):
-    for _ in loader(num_workers=1, cache="off"):
-        break
-    seen = sum(reads.values())
-    assert seen <= 8
-    list(loader(num_workers=0, cache="off"))  # time passes
-    assert sum(reads.values()) <= seen + 8 + 1, "at most the photo that was being read"
-
-
 @pytest.mark.slow
 def test_trainings_with_and_without_cache_end_with_the_same_bits(data, tmp_path):
     ends = []

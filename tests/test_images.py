@@ -133,16 +133,6 @@ def test_what_is_written_is_read_again_with_its_colours(tmp_path):
         assert image.convert("RGB").getpixel((1, 0)) == RED
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint16])
-def test_grey_png_and_npy_hold_raw_labels(tmp_path, dtype):
-    np.save(tmp_path / "a.npy", LABELS.astype(dtype))
-    save(tmp_path / "a.png", Image.fromarray(LABELS))
-    for name in ("a.npy", "a.png"):
-        labels = read_labels(tmp_path / name)
-        assert labels.dtype == np.uint8
-        assert (labels == LABELS).all()
-
-
 NO_LABELS = {
     "floats": LABELS.astype(float),
     "3-D": LABELS[None],

@@ -104,16 +104,6 @@ def test_colours_change_as_pillow_changes_them(photo, field, enhance, factor):
     assert np.abs(images[0].permute(1, 2, 0).numpy() - np.array(expected).astype(int)).max() <= 2
 
 
-def test_a_flip_swaps_the_labels_of_pairs(photo):
-    mirror = torch.arange(256, dtype=torch.uint8)
-    mirror[[1, 2]] = mirror[[2, 1]].clone()
-    view = View(20, 20, SIZE, flip=True)
-    plain, swapped = make([photo], [view])[1], make([photo], [view], mirror=mirror)[1]
-    upright = make([photo], [view._replace(flip=False)], mirror=mirror)[1]
-    assert torch.equal(swapped, mirror[plain.int()])
-    assert torch.equal(upright, plain.flip(-1)), "without a flip nothing is swapped"
-
-
 def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
     views = RandomViews(SIZE, VOID, 45, [0.5, 2.0], hflip=0.5, rotation=10.0, color_jitter=0.3)
     drawn = [views.draw(seed, 120, 90) for seed in range(200)]
