@@ -12,11 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-import manage.predictor
 from configs.config import Config
 from manage.predictor import Predictor
 from tools import demo
-from utils.errors import UserError
 
 HEAD = ("head", "upper_body", "body")
 
@@ -85,18 +83,6 @@ def test_the_masks_are_those_of_predict(predictor, photo):
     with zipfile.ZipFile(demo.to_download(result, photo)) as archive:
         assert "overlay/two.halves.jpg" in archive.namelist()
         assert (np.array(Image.open(archive.open("parts/two.halves.png"))) == result.leaves).all()
-
-
-def test_what_is_missing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr("sys.argv", ["demo.py"])
-    monkeypatch.setattr(manage.predictor, "SHIPPED", tmp_path / "shipped.pt")
-    for gradio, message in (
-        (object(), "shipped.pt: no such checkpoint"),
-        (None, "pip install -r requirements-demo"),
-    ):
-        monkeypatch.setattr(demo, "gr", gradio)
-        with pytest.raises(UserError, match=message):
-            demo.main()
 
 
 # --- the page itself ---

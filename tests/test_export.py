@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 import manage.predictor
-from configs.config import DECODE_RULES
+from configs.config import DECODE_RULES, Config
 from manage.checkpoint import checkpoint_digest, load_checkpoint, pack
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.predictor import Predictor
 from tests.factory import REPO
 from tests.test_predict import noise, write_checkpoint
@@ -127,20 +127,16 @@ def test_without_a_checkpoint_the_shipped_model_is_used_and_named(shipped, tmp_p
 
 
 def test_a_shipped_file_is_scored_as_it_is_and_its_card_takes_these_scores(shipped, sample_data, tmp_path, monkeypatch):
-    cfg = tmp_path / "mine.json"  # of other data and another network: the first is obeyed, the second is not
     places = {"root_dir": str(tmp_path), "root_data_dir": str(sample_data), "device": "cpu", "num_workers": 0}
-    cfg.write_text(json.dumps(places | {"exp_name": "x", "short_side": 64, "encoder": "mobilenet_v2"}))
-    for options in ([], ["--tta", "flip"], ["--limit", "2"]):
-        words = ["evaluate.py", "--cfg", cfg, "--checkpoint", shipped, "--no-pictures", *options]
-        monkeypatch.setattr(sys, "argv", [*map(str, words)])
-        assert evaluate.main() == 0
+    config = Config(**places, exp_name="x", short_side=64)  # the file's own photo size is obeyed, 48
+    for options in ({}, {"tta": "flip"}, {"limit": 2}):
+        record = EvaluationManager(config, EvaluationOptions(str(shipped), pictures=False, **options)).run()
+        assert record["config"]["short_side"] == 48
     run(monkeypatch, "--out", shipped, "--overwrite")
-    record = read_json(tmp_path / "experiments/x/evaluation/x-shipped/scores.json")
-    assert record["checkpoint_sha256"] == checkpoint_digest(shipped)
-    assert (record["photos"], record["config"]["short_side"]) == (4, 48)
     card = shipped.with_name("README.md").read_text()
     assert "On 4 photos" in card
     assert "|  | logit_sum, tta off | logit_sum, tta flip |" in card
+    record = read_json(tmp_path / "experiments/x/evaluation/x-shipped/scores.json")
     assert f"| mIoU1 | {100 * record['scores']['mIoU1']:.2f} % |" in card
 
 
@@ -160,10 +156,3 @@ def test_mistakes_are_said_before_anything_is_exported(checkpoint, tmp_path, mon
     with pytest.raises(UserError, match=message):
         run(monkeypatch, "--checkpoint", checkpoint, "--out", tmp_path / name)
     assert (tmp_path / "model.pt2").read_bytes() == b"of an earlier export"
-
-
-def test_a_damaged_folder_is_named(tmp_path):
-    pytest.importorskip("safetensors")
-    (tmp_path / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"model.safetensors cannot be read"):
-        Predictor.load(tmp_path, "cpu")

@@ -3,13 +3,12 @@
 import json
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from configs.config import DECODE_RULES, load_config
+from configs.config import DECODE_RULES
 from manage.checkpoint import load_checkpoint
 from manage.predictor import Predictor
 from tests.factory import REPO
@@ -87,17 +86,6 @@ def test_without_a_gain_nothing_is_written_and_it_is_said(config, tmp_path, monk
     run(monkeypatch, "--cfg", config)
     assert "no gain on photos that were not fitted: nothing was written" in capsys.readouterr().out
     assert not (tmp_path / "experiments" / "x" / "models_checkpoints" / "fitted").exists()
-
-
-def test_photos_are_a_seeded_part_of_train(config):
-    values = load_config(config)
-    predictor = Predictor.load(values.checkpoints_dir / "best.pt", "cpu")
-    first, again, other = (
-        torch.cat([labels for labels, _ in fit_decode.sample(predictor, replace(values, seed=seed), 4)])
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(

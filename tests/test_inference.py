@@ -67,12 +67,6 @@ def test_windows_and_bands_say_what_the_whole_photo_says(monkeypatch, size, band
     torch.testing.assert_close(photo_logits(network, image, size), plainly(network, image, size), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(700, 1), (1, 700)])
-def test_a_sliver_goes_through_in_windows(shape):
-    whole, tiled = (photo_logits(Edges(), noise(*shape), shape, tile=tile) for tile in (None, 256))
-    torch.testing.assert_close(tiled, whole, atol=1e-4, rtol=1e-4)
-
-
 def test_only_a_large_photo_goes_through_in_windows_and_is_kept_in_half_precision(monkeypatch):
     monkeypatch.setattr(inference, "WHOLE", 300 * 500)
     monkeypatch.setattr(inference, "TILE", 256)
