@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import markdown
+import markdown  # comes with tensorboard
 import numpy as np
 from PIL import Image
 
