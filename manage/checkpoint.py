@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 
 FORMAT = 2  # raise it when an old file needs another reading; 1 had a checksum of its own behind the archive
 NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
@@ -43,6 +43,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint{_others(path.parent)}") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged archive
+        if is_out_of_memory(error):  # the file is whole
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds Python objects, which would run code"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.config import Config
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 
 
 def is_launched() -> bool:
@@ -159,13 +159,6 @@ def _tell_once(error: UserError) -> None:
         Path(report).write_text(json.dumps({"message": message}), encoding="utf-8")
     if report or not is_first:
         raise SystemExit(2) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in the machine; CPU allocators say so only in words."""
-    signs = "(not enough|n't allocate|not allocate) memory"
-    in_words = isinstance(error, RuntimeError | OSError) and re.search(signs, str(error), re.IGNORECASE) is not None
-    return in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def one_line(error: Exception, config: Config, where: str) -> str:

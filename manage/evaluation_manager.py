@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from manage import distributed, report
 from manage.checkpoint import checkpoint_digest, find_checkpoint, find_model, load_checkpoint
 from manage.data import Tolerance, ValLoader, check_data, read_split
 from manage.experiment import environment
-from manage.inference import Rows, chosen_amp, logit_rows, photo_named
+from manage.inference import Rows, chosen_amp, photo_named, rows_of_each, together
 from manage.network import tree_changes
 from manage.predictor import Decoding, Predictor
 from manage.tables import per_class, rules_table, summary, table, write_csv
@@ -50,6 +50,89 @@ N_PICTURES = 4  # val photos drawn in TensorBoard at each validation
 DRAWN_AT_ONCE = 4  # photos that threads draw, or have before them, beside the network
 
 
+class Scored(NamedTuple):
+    """A photo and its counts, still on the device: nothing waits for them."""
+
+    sample: Sample
+    leaves: Tensor  # (H, W), by the first rule
+    matrices: list[Tensor]  # (N, N) of label and leaf, by each rule
+    violations: Tensor  # violated edges, pixels looked at
+    maps: report.MapSampler | None
+
+
+class Scorer:
+    """Photos through the network and into counts: what validation in training and evaluate.py share.
+
+    Each rule has a meter. Violations and the calibration of roots depend on no rule and are counted by the first.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        hierarchy: Hierarchy,
+        decodings: Sequence[Decoding],
+        criterion: str | dict[str, float],
+        how: dict[str, Any],
+        with_maps: bool = False,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.network, self.hierarchy, self.decodings, self.how = network.eval(), hierarchy, decodings, how
+        self.with_maps, self.loss, device = with_maps, loss, next(network.parameters()).device
+        own_rule = default_decode(criterion)  # of the probabilities, whatever rule decodes
+        self.meters = [LevelScores(hierarchy, device, own_rule) for _ in decodings]
+        self.loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # over known pixels, and their number
+
+    @torch.inference_mode()
+    def photos(
+        self, loader: ValLoader, tolerance: Tolerance, bar: tqdm, between: Callable[[], None] = lambda: None
+    ) -> Iterator[Scored]:
+        """Every readable photo of the loader, counted; `between` is called before each photo."""
+        rounds = distributed.largest(len(loader))
+
+        def readable() -> Iterator[Sample]:
+            for sample in loader:
+                between()
+                bar.update()
+                if tolerance.check(sample.index, sample.fault):
+                    yield sample
+
+        for group in together(readable(), self.network, self.how):
+            rows_of = rows_of_each(self.network, group, **self.how)
+            for sample in group:
+                with photo_named(tolerance.ids[sample.index]):
+                    scored = self._count(sample, next(rows_of))
+                yield scored
+        for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
+            between()
+        bar.close()
+
+    def _count(self, sample: Sample, bands: Rows) -> Scored:
+        leaves, before = torch.empty_like(sample.labels), self.meters[0].violations.clone()
+        matrices, maps = [0] * len(self.meters), report.MapSampler(sample.labels) if self.with_maps else None
+        for rows, logits in bands:
+            labels = sample.labels[None, rows]
+            for i, (decoding, meter) in enumerate(zip(self.decodings, self.meters, strict=True)):
+                decided = decoding(logits, self.hierarchy)
+                matrices[i] += meter.update(decided, labels, None if i else logits)
+                if i == 0:
+                    leaves[rows] = decided[0]
+            if maps:
+                maps.add(rows, logits[0])
+            if self.loss:
+                known = (labels != self.hierarchy.ignore_index).sum()
+                self.loss_sum += torch.stack([self.loss(logits, labels) * known, known])
+        return Scored(sample, leaves, matrices, self.meters[0].violations - before, maps)
+
+    def results(self) -> list[dict[str, Any]]:
+        """The scores by each rule, of the photos of all processes."""
+        distributed.sum_over_processes([*(t for meter in self.meters for t in meter.tensors()), self.loss_sum])
+        first = self.meters[0]
+        for meter in self.meters[1:]:
+            meter.violations, meter.calibration[1:] = first.violations, first.calibration[1:]
+        return [meter.compute() for meter in self.meters]
+
+
+# --- validation in training ---
 @dataclass
 class Validation:
     """What a validation in training shows: scores by name, IoU by (level, class, value), and pictures."""
@@ -57,26 +140,6 @@ class Validation:
     scores: dict[str, float | None]
     per_class: list[tuple[int, str, float | None]]
     pictures: dict[str, np.ndarray]
-
-
-def predictions(
-    network: nn.Module,
-    loader: ValLoader,
-    tolerance: Tolerance,
-    how: dict[str, Any],
-    bar: tqdm,
-    between: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Sample, Rows]]:
-    """Every readable photo of the loader, fed as `how` tells `logit_rows`; `between` is called before each photo."""
-    network.eval()
-    rounds = distributed.largest(len(loader))
-    for sample in loader:
-        between()
-        bar.update()
-        if tolerance.check(sample.index, sample.fault):
-            yield sample, logit_rows(network, sample.image, tuple(sample.labels.shape), **how)
-    for _ in range(rounds - len(loader)):  # processes may meet in `between`: all call it equally often
-        between()
 
 
 def validate(
@@ -90,26 +153,13 @@ def validate(
     between: Callable[[], None],
 ) -> Validation:
     """Scores, loss and a few pictures over all photos of the loader; `between` is called before each photo."""
-    device = next(network.parameters()).device
-    meter, decode = LevelScores(hierarchy, device, default_decode(config.criterion)), Decoding.of(config)
-    loss_sum = torch.zeros(2, dtype=torch.float64, device=device)  # sum over known pixels, and their number
-    pictures: dict[str, np.ndarray] = {}
-    with torch.inference_mode():
-        for sample, bands in predictions(network, loader, tolerance, {"amp": config.amp}, bar, between):
-            leaves = torch.empty_like(sample.labels)
-            with photo_named(tolerance.ids[sample.index]):
-                for rows, logits in bands:
-                    labels = sample.labels[None, rows]
-                    leaves[rows] = decode(logits, hierarchy)[0]
-                    meter.update(leaves[None, rows], labels, logits)
-                    known = (labels != hierarchy.ignore_index).sum()
-                    loss_sum += torch.stack([criterion(logits, labels) * known, known])
-            if len(pictures) < N_PICTURES:
-                pictures[loader.photos.files[sample.index].photo.stem] = _sheet(sample, leaves, hierarchy)
-    bar.close()
-    distributed.sum_over_processes([*meter.tensors(), loss_sum])
-    result = meter.compute()
-    scores = summary(result) | {"loss_val": float(loss_sum[0] / loss_sum[1].clamp(min=1))}
+    how, pictures = {"amp": config.amp}, {}
+    scorer = Scorer(network, hierarchy, [Decoding.of(config)], config.criterion, how, loss=criterion)
+    for sample, leaves, *_ in scorer.photos(loader, tolerance, bar, between):
+        if len(pictures) < N_PICTURES:
+            pictures[loader.photos.files[sample.index].photo.stem] = _sheet(sample, leaves, hierarchy)
+    result = scorer.results()[0]
+    scores = summary(result) | {"loss_val": float(scorer.loss_sum[0] / scorer.loss_sum[1].clamp(min=1))}
     return Validation(scores, per_class(result), pictures)
 
 
@@ -124,14 +174,6 @@ def _sheet(sample: Sample, leaves: Tensor, hierarchy: Hierarchy, side: int = 240
 
 
 # --- evaluate.py ---
-class Counted(NamedTuple):
-    """Of one photo: a confusion matrix by each rule, the share of violated (pixel, edge) pairs, height and width."""
-
-    matrices: list[np.ndarray]
-    violations: float | None
-    size: tuple[int, int]
-
-
 @dataclass
 class EvaluationOptions:
     """The command line of evaluate.py. Decoding and views that are None are the checkpoint's own."""
@@ -203,64 +245,39 @@ class EvaluationManager:
     def run(self) -> dict:
         """Writes scores and pictures, prints the table, returns what scores.json holds."""
         distributed.on_main_only(self._make_folder)
-        began = time.monotonic()
-        own_rule = default_decode(self.trained_with.criterion)  # of the probabilities, whatever rule decodes
-        meters = [LevelScores(self.hierarchy, self.device, own_rule) for _ in self.decodings]
-        counted: dict[int, Counted] = {}
-        drawing: deque[Future] = deque()
+        began, counted, drawing = time.monotonic(), {}, deque[Future]()
+        parts = (self.predictor.network, self.hierarchy, self.decodings, self.trained_with.criterion, self.how)
+        scorer = Scorer(*parts, with_maps=self.options.pictures)
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
-        with torch.inference_mode(), ThreadPoolExecutor(2) as drawers:
-            for sample, bands in predictions(self.predictor.network, self.loader, self.tolerance, self.how, bar):
-                with photo_named(self.ids[sample.index]):
-                    counted[sample.index], *pictures = self._score(sample, bands, meters)
-                if self.options.pictures:
-                    drawing.append(drawers.submit(self._draw, sample.index, *pictures))
+        with ThreadPoolExecutor(2) as drawers:
+            for sample, leaves, matrices, violations, maps in scorer.photos(self.loader, self.tolerance, bar):
+                violated, pixels = violations.tolist()
+                rate = violated / pairs if (pairs := pixels * len(self.hierarchy.edges)) else None
+                counts = [matrix.cpu().numpy() for matrix in matrices]
+                counted[sample.index] = counts, rate, tuple(leaves.shape)  # as report.photo_line takes them
+                if maps:
+                    drawing.append(drawers.submit(self._draw, sample.index, leaves.cpu().numpy(), maps.maps(leaves)))
                 while len(drawing) > DRAWN_AT_ONCE:  # an error while drawing is raised here
                     drawing.popleft().result()
         for job in drawing:
             job.result()
-        bar.close()
-        for meter in meters:
-            distributed.sum_over_processes(meter.tensors())
-        for meter in meters[1:]:  # of no rule: violations, and the calibration of the roots
-            meter.violations, meter.calibration[1:] = meters[0].violations, meters[0].calibration[1:]
         counted, faults = (
             {key: value for part in distributed.gather(found) for key, value in part.items()}
             for found in (counted, self.tolerance.faults)
         )
         if len(counted) + len(faults) != len(self.ids):
             raise RuntimeError(f"saw {len(counted)} of {len(self.ids)} photos")
-        results = {decoding.rule: meter.compute() for decoding, meter in zip(self.decodings, meters, strict=True)}
+        results = dict(zip((decoding.rule for decoding in self.decodings), scorer.results(), strict=True))
         return distributed.on_main_only(self._write, results, counted, faults, time.monotonic() - began) or {}
-
-    def _score(
-        self, sample: Sample, bands: Rows, meters: list[LevelScores]
-    ) -> tuple[Counted, np.ndarray, report.SmallMaps]:
-        """Adds a photo to the meters; its counts, the leaf of each pixel, and what the page shows."""
-        labels, matrices = sample.labels, [0] * len(meters)
-        leaves, maps = torch.empty_like(labels), report.MapSampler(labels)
-        before = meters[0].violations.clone()
-        for rows, logits in bands:
-            for i, (decoding, meter) in enumerate(zip(self.decodings, meters, strict=True)):
-                decided = decoding(logits, self.hierarchy)
-                matrices[i] += meter.update(decided, labels[None, rows], None if i else logits)
-                if i == 0:
-                    leaves[rows] = decided[0]
-            maps.add(rows, logits[0])
-        violated, pixels = (meters[0].violations - before).tolist()
-        rate = violated / pairs if (pairs := pixels * len(self.hierarchy.edges)) else None
-        counted = Counted([matrix.cpu().numpy() for matrix in matrices], rate, tuple(labels.shape))
-        return counted, leaves.cpu().numpy(), maps.maps(leaves)
 
     def _draw(self, index: int, leaves: np.ndarray, maps: report.SmallMaps) -> None:
         """Per level an indexed PNG, an overlay, and the report's files."""
-        photo = np.asarray(
-            read_photo(self.loader.photos.files[index].photo)
-        )  # as the camera took it, not as it was fed
-        folder = self.unfinished / "pictures"
+        folder, name = self.unfinished / "pictures", self.ids[index]
         try:
-            visualize.write_maps(folder, self.ids[index], photo, leaves, self.hierarchy)
-            report.write_photo(folder / "report", self.ids[index], photo, maps)
+            with photo_named(name):
+                photo = np.asarray(read_photo(self.loader.photos.files[index].photo))  # as taken, not as it was fed
+                visualize.write_maps(folder, name, photo, leaves, self.hierarchy)
+                report.write_photo(folder / "report", name, photo, maps)
         except OSError as error:
             raise UserError(f"{folder}: pictures cannot be written ({error.strerror})") from None
 
@@ -277,11 +294,8 @@ class EvaluationManager:
         return "-".join(filter(None, [*names, options.tile and f"tile{options.tile}"]))
 
     def _make_folder(self) -> None:
-        try:
-            shutil.rmtree(self.unfinished, ignore_errors=True)  # of an evaluation that was stopped
-            self.unfinished.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{self.unfinished}: cannot be written ({error.strerror})") from None
+        shutil.rmtree(self.unfinished, ignore_errors=True)  # of an evaluation that was stopped
+        self.unfinished.mkdir(parents=True)
 
     def _move_into_place(self) -> None:
         """An equal evaluation is replaced, any other one is set aside."""
@@ -317,23 +331,20 @@ class EvaluationManager:
             "environment": environment(self.device) | {"processes": distributed.world()},
         }
 
-    def _write(self, results: dict, counted: dict[int, Counted], faults: dict, seconds: float) -> dict:
+    def _write(self, results: dict, counted: dict[int, tuple], faults: dict, seconds: float) -> dict:
         record, order = self._record(results, len(counted), faults, seconds), sorted(counted)
         ids, n = np.array([self.ids[index] for index in order]), self.hierarchy.num_nodes
         matrices = {
-            rule: np.array([counted[index].matrices[i] for index in order], np.int32).reshape(-1, n, n)
+            rule: np.array([counted[index][0][i] for index in order], np.int32).reshape(-1, n, n)
             for i, rule in enumerate(results)
         }
-        try:
-            write_json(record, self.unfinished / "scores.json")
-            write_csv(results, self.unfinished / "scores.csv")
-            np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **matrices)
-            if self.options.pictures:
-                lines = [report.photo_line(self.ids[i], *counted[i], self.hierarchy) for i in order]
-                report.write_report(self.unfinished, record, lines, self.hierarchy)
-            self._move_into_place()
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from None
+        write_json(record, self.unfinished / "scores.json")
+        write_csv(results, self.unfinished / "scores.csv")
+        np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **matrices)
+        if self.options.pictures:
+            lines = [report.photo_line(self.ids[i], *counted[i], self.hierarchy) for i in order]
+            report.write_report(self.unfinished, record, lines, self.hierarchy)
+        self._move_into_place()
         print(table(results[record["decode"]], self.hierarchy))
         if len(results) > 1:
             print(rules_table(record["rules"]))

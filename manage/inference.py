@@ -10,16 +10,18 @@ whole photo.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manage.distributed import is_out_of_memory
-from utils.errors import UserError
+from utils.dataset import Sample
+from utils.errors import UserError, is_out_of_memory
 
 WHOLE = 1024 * 2048  # pixels that go through at once
+LAUNCHING = ("cuda",)  # devices on which small photos, one by one, would wait for launches
 TILE, SMALLEST_TILE = 768, 256
 BAND = 2**23  # logits in a band of rows; decoding takes four times as much
 EXACT = 2**27  # logits of one photo that are kept in float32 (half a GiB); of a larger one they are kept in float16
@@ -73,6 +75,39 @@ def photo_named(name: str) -> Iterator[None]:
             f"photo {name!r}: does not fit in memory; give --tile {SMALLEST_TILE}, end other work on this machine, "
             "or train with a short_side"
         ) from None
+
+
+# --- several photos at once ---
+def together(samples: Iterable[Sample], network: nn.Module, how: dict[str, Any]) -> Iterator[list[Sample]]:
+    """Samples whose photos, padded to the network's stride, have one size, so that a GPU waits for no launches.
+
+    Each one alone on a CPU, which gains nothing, and where views or windows would see what is padded.
+    """
+    stride, waiting = getattr(network, "stride", 32), {}
+    for sample in samples:
+        padded = tuple(-(-side // stride) * stride for side in sample.image.shape[-2:])
+        group = waiting.setdefault(padded, [])
+        group.append(sample)
+        is_alone = sample.image.device.type not in LAUNCHING or how.get("tta", "off") != "off" or how.get("tile")
+        if is_alone or (len(group) + 1) * padded[0] * padded[1] > WHOLE:
+            yield waiting.pop(padded)
+    yield from waiting.values()
+
+
+def rows_of_each(network: nn.Module, group: Sequence[Sample], amp: str = "off", **how) -> Iterator[Rows]:
+    """`logit_rows` of each photo, at the size of its labels; those that are `together` go through at once."""
+    if len(group) > 1:
+        height, width = (max(sample.image.shape[axis] for sample in group) for axis in (1, 2))
+        try:
+            logits = forward(network, torch.cat([_padded(s.image[None].float(), height, width) for s in group]), amp)
+        except (NotFinite, RuntimeError, MemoryError):
+            pass  # one by one says which photo it is, and takes less memory
+        else:
+            for sample, part in zip(group, logits, strict=True):
+                yield _bands(part[:, : sample.image.shape[1], : sample.image.shape[2]], tuple(sample.labels.shape))
+            return
+    for sample in group:
+        yield logit_rows(network, sample.image, tuple(sample.labels.shape), amp, **how)
 
 
 # --- windows ---

@@ -28,6 +28,13 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture)
     assert capsys.readouterr() == ("", "error: key 'lr': too large\n")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory."), RuntimeError("another fault")])
+def test_memory_that_runs_out_is_one_line_too(error: Exception, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(RuntimeError if "another" in str(error) else SystemExit):
+        run_main(lambda: (_ for _ in ()).throw(error))
+    assert capsys.readouterr().err.startswith("error: out of memory; ") == ("another" not in str(error))
+
+
 def test_files_are_mapped_in_order_and_a_fault_ends_it() -> None:
     assert map_files(str, range(100), "work") == [str(i) for i in range(100)]
     with pytest.raises(UserError, match="too large"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from PIL import Image
 
 from configs.config import Config
-from manage import tables
-from manage.evaluation_manager import EvaluationManager, EvaluationOptions, to_evaluate
+from manage import evaluation_manager, inference, tables
+from manage.data import Tolerance, ValLoader
+from manage.evaluation_manager import EvaluationManager, EvaluationOptions, Scorer, to_evaluate
 from manage.predictor import Predictor
 from tests.test_predict import SLIM, write_checkpoint
+from utils.cli import progress
 from utils.errors import UserError
 from utils.files import read_json
 from utils.hierarchy import Hierarchy
 from utils.ids import read_ids
 from utils.images import read_labels
+from utils.losses import build_criterion
 from utils.metrics import LevelScores, scores_from_confusion
 
 
@@ -116,6 +120,37 @@ def test_logits_that_are_not_finite_stop_it_with_the_photos_id_and_earlier_score
     with pytest.raises(UserError, match=f"photo '{read_ids(config.ids_file('val'))[0]}': the network's logits are not"):
         evaluate(config)
     assert read_json(folder / "scores.json") == record
+
+
+# --- several photos at once ---
+@pytest.mark.parametrize("short_side", [None, 48])
+def test_photos_that_go_through_together_count_the_same_to_the_last_pixel(config, best, tree, monkeypatch, short_side):
+    predictor = Predictor.load(best(short_side=short_side), "cpu")
+    groups, counts, fed = [], [], evaluation_manager.rows_of_each
+    spy = lambda network, group, **how: (groups.append(len(group)), fed(network, group, **how))[1]  # noqa: E731
+    monkeypatch.setattr(evaluation_manager, "rows_of_each", spy)
+    ids = read_ids(config.ids_file("val"))
+    loader = ValLoader(replace(config, short_side=short_side), tree, ids)
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(inference, "LAUNCHING", devices)
+        scorer = Scorer(predictor.network, tree, [predictor.decoding], "bce", {}, loss=build_criterion("bce", tree))
+        photos = {photo.sample.index: photo for photo in scorer.photos(loader, Tolerance(0, ids), progress(total=4))}
+        assert len(photos) == 4
+        counts.append((scorer, photos))
+    (one_by_one, alone), (at_once, together) = counts
+    assert groups[:4] == [1] * 4
+    assert 1 < max(groups[4:]) <= sum(groups[4:]) == 4
+    for one, other in zip(one_by_one.meters[0].tensors()[:2], at_once.meters[0].tensors()[:2], strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(one_by_one.loss_sum, at_once.loss_sum)
+    assert all(torch.equal(alone[i].leaves, together[i].leaves) for i in range(4))
+
+
+def test_of_photos_that_go_through_together_the_spoilt_one_is_named(config, best, monkeypatch):
+    monkeypatch.setattr(inference, "LAUNCHING", ("cpu",))
+    best(float("nan"))
+    with pytest.raises(UserError, match="photo 'drawn_"):
+        evaluate(config)
 
 
 # --- again ---

@@ -15,17 +15,16 @@ class Edges(nn.Module):
 
     stride = 32
 
-    def __init__(self, fails_above: float = float("inf")) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.fails_above, self.largest = nn.Conv2d(3, 4, 3, padding=1), fails_above, 0
+        self.layer, self.error, self.largest = nn.Conv2d(3, 4, 3, padding=1), error, 0
         self.layer.weight.data /= 99  # photos go up to 255
 
     def forward(self, photos: Tensor) -> Tensor:
-        pixels = photos.shape[-2] * photos.shape[-1]
-        if pixels > self.fails_above:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        self.largest = max(self.largest, pixels)
+        if self.error:
+            raise self.error
+        self.largest = max(self.largest, photos.shape[-2] * photos.shape[-1])
         return self.layer(photos.float())
 
 
@@ -98,12 +97,20 @@ def test_a_flip_swaps_the_nodes_of_a_mirror_pair():
     torch.testing.assert_close(swapped, (plain + flipped.flip(-1)[:, [0, 2, 1, 3]]) / 2)
 
 
-def test_a_photo_that_does_not_fit_is_named_with_what_to_do():
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_a_photo_that_does_not_fit_is_named_with_what_to_do(error):
     message = "photo 'a.jpg': does not fit in memory; give --tile 256"
     with pytest.raises(UserError, match=message), photo_named("a.jpg"):
-        photo_logits(Edges(fails_above=0), noise(60, 90), (60, 90))
+        photo_logits(Edges(error), noise(60, 90), (60, 90))
     with pytest.raises(RuntimeError, match="another fault"), photo_named("a.jpg"):
-        raise RuntimeError("another fault")
+        photo_logits(Edges(RuntimeError("another fault")), noise(60, 90), (60, 90))
 
 
 def test_an_overflow_in_half_precision_names_the_key_to_change():

@@ -23,6 +23,9 @@ def test_maps_are_written_at_full_size_and_the_overlay_has_a_legend_of_all_colou
     with Image.open(tmp_path / "overlay" / "deep" / "a.b.jpg") as written:
         assert written.width == 3000
         assert written.height > 60
+    visualize.write_maps(tmp_path, "wide", np.zeros((2, 70_000, 3), np.uint8), np.zeros((2, 70_000), np.uint8), tree)
+    assert Image.open(tmp_path / "overlay" / "wide.jpg").width == visualize.LARGEST_JPEG
+    assert read_labels(tmp_path / "parts" / "wide.png").shape == (2, 70_000)
     for width in (150, 2000):
         colours = {tuple(colour) for colour in visualize.legend(tree, width).reshape(-1, 3).tolist()}
         assert set(tree.colours) <= colours

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,6 +25,11 @@ def run_main(main: Callable[[], int | None]) -> None:
         status = 130
     except BrokenPipeError:  # the reader of our output went away (| head)
         status = 1
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory; end other work on this machine, or ask for less (see --help)", file=sys.stderr)
+        status = 2
     sys.exit(status or 0)
 
 

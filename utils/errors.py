@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and what tells that memory ran out. Standard library only."""
+
+import re
 
 
 class UserError(Exception):
@@ -6,3 +8,10 @@ class UserError(Exception):
 
     Entry points print the message alone and exit with status 2; every other exception is a bug of ours.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in the machine; torch and the system say so only in words."""
+    signs = "out of memory|(not enough|n't allocate|not allocate) memory|can't start new thread"
+    in_words = isinstance(error, RuntimeError | OSError) and re.search(signs, str(error), re.IGNORECASE) is not None
+    return in_words or isinstance(error, MemoryError)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError
+from utils.errors import UserError, is_out_of_memory
 from utils.files import write_whole
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -30,6 +30,8 @@ def _named(path: str | Path, what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"the {what} {path} does not exist") from None
     except Exception as error:  # decoders raise nearly every type on damaged files
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the {what} {path} cannot be read, it may be damaged: {error}") from error
 
 

@@ -10,6 +10,7 @@ from utils.hierarchy import Hierarchy
 from utils.images import write_indexed
 
 VOID_COLOUR = (128, 128, 128)
+LARGEST_JPEG = 65_500  # pixels a side
 
 
 def palette(hierarchy: Hierarchy) -> np.ndarray:
@@ -36,7 +37,8 @@ def overlay(photo: np.ndarray, labels: np.ndarray, hierarchy: Hierarchy, strengt
 def write_maps(folder: Path, name: str, photo: np.ndarray, leaves: np.ndarray, hierarchy: Hierarchy) -> None:
     """Writes <level>/<name>.png, a label map in the tree's colours, for each level, and overlay/<name>.jpg.
 
-    The overlay has the photo's own size, over a legend of the colours that can be in it.
+    The overlay has the photo's own size, but at most the side that a JPEG can have, over a legend of the colours that
+    can be in it.
     Shape: (H, W, 3) uint8, (H, W) leaf ids. Raises: OSError.
     """
     for level, level_name in enumerate(hierarchy.level_names):
@@ -47,7 +49,9 @@ def write_maps(folder: Path, name: str, photo: np.ndarray, leaves: np.ndarray, h
     path.parent.mkdir(parents=True, exist_ok=True)
     coloured = [leaf for leaf in hierarchy.leaves if leaf not in hierarchy.background]
     captions = legend(hierarchy, max(photo.shape[1], 200), coloured)
-    Image.fromarray(stack([overlay(photo, leaves, hierarchy), captions])).save(path, quality=88)
+    picture = Image.fromarray(stack([overlay(photo, leaves, hierarchy), captions]))
+    picture.thumbnail((LARGEST_JPEG, LARGEST_JPEG))
+    picture.save(path, quality=88)
 
 
 def level_maps(labels: np.ndarray, hierarchy: Hierarchy, side: int) -> list[np.ndarray]:
@@ -77,7 +81,7 @@ def gallery(
 
 def legend(hierarchy: Hierarchy, width: int, nodes: Sequence[int] | None = None) -> np.ndarray:
     """Colour swatches with node names, in as many rows as `width` asks for. Shape: (h, width, 3) uint8."""
-    unit = max(13, width // 60)  # the height of the letters: a wide picture is looked at from further away
+    unit = min(max(13, width // 60), 100)  # the height of the letters: a wide picture is looked at from further away
     font, line, margin, box = ImageFont.load_default(unit), round(1.7 * unit), unit // 2, round(1.1 * unit)
     x, y, places = margin, 0, []
     for node in range(hierarchy.num_nodes) if nodes is None else nodes:
