@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import photo_size, read_labels, read_photo, scaled_size, upright_rgb, write_indexed
+from utils.images import photo_header, read_labels, read_photo, scaled_size, upright_rgb, write_indexed
 
 RED = (200, 40, 40)
 LABELS = np.array([[0, 1, 2], [6, 9, 255]], np.uint8)
@@ -17,13 +17,6 @@ LABELS = np.array([[0, 1, 2], [6, 9, 255]], np.uint8)
 def save(path, image, **options):
     image.save(path, **options)
     return path
-
-
-def write_png(path, size, depth, kind, rows):
-    head = struct.pack(">II", *size) + bytes([depth, kind, 0, 0, 0])
-    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 # ---- photos ------------------------------------------------------------------------------------------------
@@ -46,51 +39,35 @@ def test_transparent_pixels_are_white(tmp_path, mode):
     assert read_photo(save(tmp_path / "a.png", picture, **options)).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("mode", ["grey", "RGB"])
-def test_16_bits_keep_their_brightness_and_12_in_16_are_refused_by_name(tmp_path, mode):
-    path = tmp_path / "dark.png"
-
-    def write(values):
-        if mode == "grey":
-            Image.fromarray(values).save(path)
-        else:  # PIL writes no 48-bit colours
-            rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
-            write_png(path, values.shape[::-1], depth=16, kind=2, rows=rows)
-
+def test_16_bits_keep_their_brightness(tmp_path):
     for value in (0, 128 * 256, 65535):
-        write(np.full((4, 4), value, np.uint16))
-        assert read_photo(path).getpixel((1, 1)) == (value // 256,) * 3
-    write(np.full((4, 4), 4000, np.uint16))
-    with pytest.raises(UserError, match=r"dark\.png .*12-bit"):
-        read_photo(path)
+        photo = read_photo(save(tmp_path / "dark.png", Image.fromarray(np.full((4, 4), value, np.uint16))))
+        assert photo.getpixel((1, 1)) == (value // 256,) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation, suffix):
     upright = np.zeros((24, 48, 3), np.uint8)
     upright[:8, :16] = 255  # a mark at the top left
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that the camera did
     stored = Image.fromarray(upright)
-    if orientation > 1:
-        stored = stored.transpose(undo[orientation])
+    if orientation > 1:  # the transposition that the camera did
+        stored = stored.transpose({2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / f"a{suffix}", stored, exif=exif, quality=95)
+    assert photo_header(path) == (stored.size, (48, 24), orientation)
     with Image.open(path) as picture:
         for photo in (read_photo(path), upright_rgb(picture), upright_rgb(read_photo(path))):
-            assert photo.size == photo_size(path) == (48, 24)
             assert np.abs(np.asarray(photo, int) - upright).mean() < 5
         assert picture.size == stored.size, "left as it is"
     assert read_photo(path, 12).size == (24, 12)
 
 
-@pytest.mark.parametrize("size", [(500, 333), (333, 500), (97, 1000), (50, 60)])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_the_short_side_is_the_asked_one(tmp_path, size, suffix):
-    photo = read_photo(save(tmp_path / f"a{suffix}", Image.new("RGB", size, RED)), 64)
-    assert min(photo.size) == 64
-    assert max(photo.size) == pytest.approx(64 * max(size) / min(size), abs=1)
+def test_the_short_side_is_the_asked_one(tmp_path, suffix):
+    for size, scaled in (((500, 333), (96, 64)), ((97, 1000), (64, 660)), ((50, 60), (64, 77))):
+        assert read_photo(save(tmp_path / f"a{suffix}", Image.new("RGB", size, RED)), 64).size == scaled
 
 
 def test_a_slim_photo_does_not_fill_the_memory(tmp_path):
@@ -113,13 +90,14 @@ def test_a_damaged_photo_is_named(tmp_path, content, suffix):
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     """A file of a hundred bytes that promises ten gigabytes of pixels."""
-    path = tmp_path / "bomb.png"
-    write_png(path, (100_000, 100_000), depth=8, kind=0, rows=b"")
-    for read in (read_photo, photo_size, read_labels):
+    head = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    (tmp_path / "bomb.png").write_bytes(png + struct.pack(">I", 4) + b"IDAT")
+    for read in (read_photo, photo_header, read_labels):
         with pytest.raises(UserError, match=r"nothing\.png does not exist"):
             read(tmp_path / "nothing.png")
         with pytest.raises(UserError, match=r"bomb\.png .*decompression bomb"):
-            read(path)
+            read(tmp_path / "bomb.png")
 
 
 # ---- label maps --------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from utils.encoding import load_encoding
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 from utils.ids import draw_split, read_ids, write_ids
-from utils.masks import read_classes, warnings_of
+from utils.masks import read_classes
 
 MASKS, CLASSES = "gt_masks", "classes.txt"
 
@@ -99,8 +99,6 @@ def main() -> None:
     hierarchy = Hierarchy.load(config.hierarchy_file)
     path = find_classes(args)
     classes = read_classes(path, hierarchy.names) if path else None
-    for warning in warnings_of(hierarchy, classes):
-        print(f"warning: {warning}", file=sys.stderr)
     lists = [path for path in (config.ids_file("train"), config.ids_file("val")) if path.is_file()]
     ids = {sample_id for path in lists for sample_id in read_ids(path)} if lists else None
     places = args.gtdatadir, config.images_dir, args.save_dir
@@ -110,6 +108,8 @@ def main() -> None:
     print(f"{'node':<24}{'% of pixels':>12}{'photos':>9}")
     for name, pixels, photos in zip(hierarchy.names, encoding.pixels, encoding.photos, strict=True):
         print(f"{name:<24}{100 * pixels / max(encoding.total, 1):>12.2f}{photos:>9}")
+    for sample_id, fault in encoding.skipped.items():
+        print(f"left out: {sample_id}: {fault}")
     print(f"{args.save_dir}: {len(encoding.files)} masks, {changed} of them new or changed")
     if args.split and lists:
         print(f"no split is drawn: {lists[0]} is there already")

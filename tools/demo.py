@@ -35,7 +35,7 @@ from manage.predictor import Decoding, Predictor, Result
 from utils.cli import run_main
 from utils.decode import probabilities
 from utils.errors import UserError
-from utils.images import photo_size, read_photo
+from utils.images import photo_header, read_photo
 from utils.visualize import overlay, write_maps
 
 gr = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
@@ -77,7 +77,7 @@ def predict(predictor: Predictor, path: str | None) -> Result | None:
     """A photo with its logits, at most LARGEST pixels of it. Raises: UserError for a file that cannot be read."""
     if path is None:
         return None
-    width, height = photo_size(path)
+    _, (width, height), _ = photo_header(path)
     shrink = min(1.0, (LARGEST / (width * height)) ** 0.5)
     return predictor(read_photo(path, None if shrink == 1 else max(1, int(min(width, height) * shrink))))
 

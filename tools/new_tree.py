@@ -33,8 +33,9 @@ from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 from utils.ids import read_text
-from utils.masks import BACKGROUND, VOID_NAMES, classes_of
+from utils.masks import VOID_NAMES, classes_of
 
+BACKGROUND = ("background", "bg", "none")
 Node = tuple[str, str | None, int | None]  # name, parent, value
 
 

@@ -92,7 +92,7 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path) -> dict[str, A
     for name in (PHOTOS, MASKS):
         (folder / name).mkdir()
     paths = sorted(annotations.glob("*.mat"))
-    outcomes = map_files(lambda path: convert(path, photos.find(path.stem), folder, h), paths, "prepare")
+    outcomes = map_files(lambda path: convert(path, photos, folder, h), paths, "prepare")
     of_id = {path.stem: outcome for path, outcome in zip(paths, outcomes, strict=True)}
     done = {sample_id for sample_id, outcome in of_id.items() if outcome is None}
     problems = {sample_id: outcome for sample_id, outcome in of_id.items() if outcome not in (None, *LEFT_OUT)}
@@ -119,14 +119,13 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path) -> dict[str, A
 # ---- one photo ---------------------------------------------------------------------------------------------
 
 
-def convert(annotation: Path, photo: Path | str, folder: Path, h: Hierarchy) -> str | None:
+def convert(annotation: Path, photos: PhotoFolder, folder: Path, h: Hierarchy) -> str | None:
     """Writes mask and photo of an annotation; or says why it is left out or at fault, so that the rest goes on."""
     try:
         things = read_things(annotation)
         if not any(is_person for is_person, _ in things):
             return NO_PERSON
-        if isinstance(photo, str):
-            return photo
+        photo = photos.find(annotation.stem)
         labels = painted(things, read_photo(photo).size, {name: v for v, name in enumerate(h.names)})
         if not labels.any():
             return NO_PART

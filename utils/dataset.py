@@ -52,10 +52,13 @@ def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path, tolerat
     """
     photos, files, missing = PhotoFolder(images_dir), [], []
     for sample_id in ids:
-        photo, labels = photos.find(sample_id), labels_dir / f"{sample_id}.png"
-        if isinstance(photo, str) or not labels.is_file():
-            missing.append(photo if isinstance(photo, str) else f"{labels}: no such label map")
-        files.append(Files(images_dir / sample_id if isinstance(photo, str) else photo, labels))
+        photo, labels = images_dir / sample_id, labels_dir / f"{sample_id}.png"
+        try:
+            photo = photos.find(sample_id)
+            missing += [] if labels.is_file() else [f"{labels}: no such label map"]
+        except UserError as error:
+            missing.append(str(error))
+        files.append(Files(photo, labels))
     if len(missing) > tolerate:
         raise UserError(
             f"{len(missing)} of {len(ids)} ids lack a photo or a label map:\n  "

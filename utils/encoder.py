@@ -4,7 +4,6 @@ encoding.json says that it is not complete before the first map is written, and 
 """
 
 import os
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +16,17 @@ from PIL import Image
 from utils.cli import map_files
 from utils.encoding import FORMAT, KEYS, RECORD, is_same, sha256, stamp
 from utils.errors import UserError
-from utils.files import read_json, remove_unfinished, set_aside, write_json, write_whole
+from utils.files import read_json, remove_unfinished, write_json, write_whole
 from utils.hierarchy import Hierarchy
 from utils.ids import PhotoFolder
-from utils.images import indexed_png, photo_header, seen_size, upright
+from utils.images import Size, indexed_png, photo_header, upright
 from utils.masks import MaskReader, find_masks
 
-LOCK = ".encoding.lock"
-Size = tuple[int, int]
-FAULTS_SHOWN = 20
+LOCK, FAULTS_SHOWN = ".encoding.lock", 20
 OPEN_EXIF = (
-    "its photo is turned or mirrored by an EXIF orientation, and their sizes do not show whether the mask was drawn "
-    "on what a viewer shows or on the stored pixels. Look at one, and set the key obey_exif to true (on what a viewer "
-    "shows) or to false (on the stored pixels)"
+    "its photo is turned or mirrored by EXIF, and sizes do not show what the mask was drawn on. Look at one, and set "
+    "the key obey_exif to true (what a viewer shows) or to false (the stored pixels)"
 )
-BY_COLOUR = "hold the tree's colours at other indices, as some PNG optimisers leave them: read by colour"
-TURNED = "were drawn on the stored pixels of a photo that EXIF turns: turned with it"
 
 
 @dataclass
@@ -55,16 +49,16 @@ class Encoder:
         """Encodes; returns how many label maps were written.
 
         Afterwards `save_dir` holds the label maps of these masks and no other PNG: maps of masks that are gone are
-        deleted, a folder with PNGs of unknown origin is set aside. A map that is as it should be is not written again.
+        deleted. A map that is as it should be is not written again.
 
-        Raises: UserError listing every faulty mask; all others are then encoded, and the next run goes on from there.
+        Raises: UserError listing every faulty mask (all others are then encoded, and the next run goes on from there);
+        or for PNGs that no run wrote.
         """
         if self.hierarchy.ignore_index > 255:
             raise UserError(f"the tree '{self.hierarchy.name}' has labels above 255; they do not fit a byte")
         photos = PhotoFolder(self.photos_dir)
         masks = find_masks(self.masks_dir, photos)
         try:
-            self._set_strangers_aside()
             self.save_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(self.save_dir / LOCK, timeout=0):
                 return self._encode(masks, photos)
@@ -72,16 +66,6 @@ class Encoder:
             raise UserError(f"{self.save_dir} is being written by another process; wait for its end") from None
         except OSError as error:
             raise UserError(f"cannot write label maps to {self.save_dir}: {error.strerror or error}") from error
-
-    def _set_strangers_aside(self) -> None:
-        strangers = sorted({path.stem for path in self.save_dir.glob("[!.]*.png")} - self._last_record()["ids"])
-        if strangers:
-            aside = set_aside(self.save_dir.resolve())[0]
-            print(
-                f"{self.save_dir} held {len(strangers)} PNGs that its {RECORD} does not list (the first: "
-                f"{strangers[0]}.png); it was moved to {aside}, and all is encoded anew",
-                file=sys.stderr,
-            )
 
     def _last_record(self) -> dict[str, Any]:
         """What the last run left, complete or not; `ids` are those whose label maps may be there."""
@@ -95,6 +79,11 @@ class Encoder:
     def _encode(self, masks: Mapping[str, list[Path]], photos: PhotoFolder) -> int:
         remove_unfinished(self.save_dir)
         last = self._last_record()
+        if strangers := {path.stem for path in self.save_dir.glob("[!.]*.png")} - last["ids"]:
+            raise UserError(
+                f"{self.save_dir} holds {len(strangers)} PNGs that no run of the encoder wrote (the first: "
+                f"{min(strangers)}.png); move them away, or choose another --save_dir"
+            )
         # where these differ, all is encoded again
         self.settings = {"format": FORMAT, "hierarchy": self.hierarchy.to_dict(), "classes": self.classes}
         self.settings |= {"obey_exif": self.obey_exif}
@@ -103,7 +92,7 @@ class Encoder:
 
         begun = {"complete": False, "ids": [*last["ids"], *masks]}
         self._save(self.old, begun)
-        found = map_files(lambda i: self._record_or_fault(i, masks[i], photos.find(i)), list(masks), "encoding")
+        found = map_files(lambda i: self._record_or_fault(i, masks[i], photos), list(masks), "encoding")
         records = dict(zip(masks, found, strict=True))
         files = {i: record for i, record in records.items() if isinstance(record, dict)}
         must = set(masks if self.ids is None else self.ids)
@@ -112,9 +101,6 @@ class Encoder:
         if not self.skip_faulty and must & faults.keys():
             self._save(files, begun)
             raise UserError(_all_faults({i: fault for i, fault in faults.items() if i in must}, len(must)))
-        for note in (BY_COLOUR, TURNED):
-            _tell(note, [i for i, record in files.items() if record["note"] == note])
-        _tell("were left out", [f"{i}: {fault}" for i, fault in faults.items()])
         for sample_id in last["ids"] - files.keys():
             (self.save_dir / f"{sample_id}.png").unlink(missing_ok=True)
         self._save(files, {"complete": True, "skipped": faults})
@@ -128,27 +114,25 @@ class Encoder:
         record = state | {"masks_dir": place} | self.settings | {"files": files}
         write_json(record, self.save_dir / RECORD, indent=None)
 
-    def _record_or_fault(self, sample_id: str, masks: list[Path], photo: Path | str) -> dict[str, Any] | str:
+    def _record_or_fault(self, sample_id: str, masks: list[Path], photos: PhotoFolder) -> dict[str, Any] | str:
         """Of one mask; a fault is told, so that the rest goes on."""
-        if isinstance(photo, str):
-            return photo
         if len(masks) > 1:
             return f"it has two masks, {masks[0]} and {masks[1]}; keep one"
         try:
-            return self._record(masks[0], photo, self.save_dir / f"{sample_id}.png", self.old.get(sample_id))
+            place = self.save_dir / f"{sample_id}.png"
+            return self._record(masks[0], photos.find(sample_id), place, self.old.get(sample_id))
         except (UserError, OSError) as error:
             return str(error)
 
     def _record(self, mask: Path, photo: Path, target: Path, old: dict[str, Any] | None) -> dict[str, Any]:
         """Writes the label map of a mask, where the last run's does not stand. Raises: UserError, OSError."""
-        size, orientation = photo_header(photo)
-        record = {"source": mask.relative_to(self.masks_dir).as_posix(), "photo": [*size, orientation]}
+        stored, seen, orientation = photo_header(photo)
+        record = {"source": mask.relative_to(self.masks_dir).as_posix(), "photo": [*stored, orientation]}
         is_there = old and target.is_file() and target.stat().st_size == old["encoded_bytes"]
         if is_there and old.items() >= record.items() and is_same(self.masks_dir, old):
             return old | stamp(mask)  # one that was only copied or touched has a new time
-        labels, by_colour = self.reader.read(mask)
-        is_turned = self._is_stored(mask, labels.shape[::-1], photo, size, orientation)
-        if is_turned:
+        labels = self.reader.read(mask)
+        if self._is_stored(f"{mask}, for {photo.name}", labels.shape[::-1], stored, seen, orientation):
             labels = np.asarray(upright(Image.fromarray(labels), orientation))
         data = indexed_png(labels, self.hierarchy.colours)
         if not target.is_file() or target.read_bytes() != data:
@@ -156,37 +140,26 @@ class Encoder:
             write_whole(data, target, sync=False)
             self.written.append(target.name)
         record |= stamp(mask) | {"sha256": sha256(mask), "encoded_bytes": len(data)}
-        record["note"] = TURNED if is_turned else BY_COLOUR if by_colour else ""
         return record | {"counts": {str(v): n for v, n in enumerate(Image.fromarray(labels).histogram()) if n}}
 
-    def _is_stored(self, mask: Path, drawn: Size, photo: Path, size: Size, orientation: int) -> bool:
+    def _is_stored(self, mask: str, drawn: Size, stored: Size, seen: Size, orientation: int) -> bool:
         """Whether a mask was drawn on the stored pixels of a photo that is seen otherwise. Raises: UserError."""
-        seen, is_moved = seen_size(size, orientation), orientation > 1
-        if is_moved and drawn == seen == size and self.obey_exif is None:
+        is_moved = orientation > 1
+        if is_moved and drawn == seen == stored and self.obey_exif is None:
             raise UserError(OPEN_EXIF)
         is_stored = is_moved and (drawn != seen if self.obey_exif is None else not self.obey_exif)
-        if drawn != (size if is_stored else seen):
-            ours, theirs, stored = (f"{width}x{height}" for width, height in (drawn, seen, size))
-            text = f"{mask}: is {ours} (width x height), its photo {photo.name} is {theirs}"
-            exif = f" when seen as its EXIF orientation {orientation} says, {stored} as stored (key obey_exif)"
-            raise UserError(text + exif * is_moved)
+        if drawn != (stored if is_stored else seen):
+            ours, theirs, unturned = (f"{width}x{height}" for width, height in (drawn, seen, stored))
+            exif = f" when seen as its EXIF orientation {orientation} says, {unturned} as stored (key obey_exif)"
+            raise UserError(f"{mask}: is {ours} (width x height), the photo {theirs}" + exif * is_moved)
         return is_stored
 
 
-def _all_faults(faulty: dict[str, str], total: int) -> str:
-    """The faults that end the run, equal ones once."""
-    ids: dict[str, list[str]] = {}
-    for sample_id, fault in faulty.items():
-        ids.setdefault(fault, []).append(sample_id)
-    lines = [f"{of[0]}{f' and {len(of) - 1} more' * (len(of) > 1)}: {fault}" for fault, of in ids.items()]
+def _all_faults(faults: dict[str, str], total: int) -> str:
+    lines = [f"{sample_id}: {fault}" for sample_id, fault in faults.items()]
     more = [f"and {len(lines) - FAULTS_SHOWN} more"] if len(lines) > FAULTS_SHOWN else []
     return (
-        f"{len(faulty)} of {total} masks cannot be encoded:\n  "
+        f"{len(lines)} of {total} masks cannot be encoded:\n  "
         + "\n  ".join(lines[:FAULTS_SHOWN] + more)
         + "\nMend them and run again, or take them from the id lists, or leave them out with --skip-faulty"
     )
-
-
-def _tell(what: str, masks: list[str]) -> None:
-    if masks:
-        print(f"note: {len(masks)} masks {what} (the first: {masks[0]})", file=sys.stderr)

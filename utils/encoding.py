@@ -13,7 +13,7 @@ from utils.files import read_json
 from utils.hierarchy import Hierarchy
 
 RECORD, FORMAT = "encoding.json", 3
-KEYS = {"source", "photo", "bytes", "mtime_ns", "sha256", "encoded_bytes", "note", "counts"}  # of each mask
+KEYS = {"source", "photo", "bytes", "mtime_ns", "sha256", "encoded_bytes", "counts"}  # of each mask
 AGAIN = "run: python tools/dataset_hie_enc.py (with the --cfg of this experiment)"
 
 

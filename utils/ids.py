@@ -85,13 +85,13 @@ class PhotoFolder:
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.paths
 
-    def find(self, sample_id: str) -> Path | str:
-        """The photo of an id, or why there is none."""
+    def find(self, sample_id: str) -> Path:
+        """The photo of an id. Raises: UserError where there is none, or several."""
         found = self.paths.get(sample_id, ())
         if len(found) > 1:
-            return f"id '{sample_id}' has several photos, {', '.join(map(str, found[:3]))}; keep one"
+            raise UserError(f"id '{sample_id}' has several photos, {', '.join(map(str, found[:3]))}; keep one")
         if not found:
-            return f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)}"
+            raise UserError(f"no file for id '{sample_id}' in {self.folder}; looked for {', '.join(PHOTO_SUFFIXES)}")
         return found[0]
 
 

@@ -19,6 +19,7 @@ ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: turned or mirrored
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> PIL's transposition that undoes it
 
 Colour = tuple[int, int, int]
+Size = tuple[int, int]  # width, height
 
 
 @contextlib.contextmanager
@@ -68,23 +69,14 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return turned
 
 
-def photo_header(path: str | Path) -> tuple[tuple[int, int], int]:
-    """((width, height) as stored, EXIF orientation), read without decoding. Raises: UserError as `read_photo` does."""
+def photo_header(path: str | Path) -> tuple[Size, Size, int]:
+    """Size as stored, size as seen, EXIF orientation, read without decoding. Raises: UserError as `read_photo` does."""
     with _named(path, "photo"), Image.open(path) as image:
-        return image.size, _orientation(image)
+        orientation = _orientation(image)
+        return image.size, image.size[::-1] if orientation >= 5 else image.size, orientation  # 5 to 8 lie on their side
 
 
-def photo_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of the upright photo. Raises: UserError as `read_photo` does."""
-    return seen_size(*photo_header(path))
-
-
-def seen_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """(width, height) of stored pixels when they are seen as their EXIF orientation says."""
-    return size[::-1] if orientation >= 5 else size  # 5 to 8 lie on their side
-
-
-def scaled_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+def scaled_size(size: Size, short_side: int) -> Size:
     """(width, height) at that short side; a slimmer photo than 1:16 at a long side of 16 times that.
 
     Otherwise a photo of 3000 x 1 pixels would have 77 million at a short side of 160.
@@ -102,25 +94,16 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    tiles = getattr(image, "tile", ())  # they go when it is decoded
-    has_16_bits = image.mode.startswith("I") or any("16" in str(tile[3]) for tile in tiles)
     if image.mode == "F":
         raise ValueError("pixels are floats, which have no known range; save the photo with 8 bits a channel")
     if image.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips it to white
         grey = np.asarray(image).astype(np.int64) >> 8
-        photo = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    else:
-        image.load()
-        photo = image if image.mode == "RGB" else image.convert("RGB")
-    if has_16_bits and 0 < max(high for _, high in photo.getextrema()) < 16:
-        raise ValueError(
-            "its 16-bit values stay below 4096, as a 12-bit camera writes them, and would be nearly black; "
-            "multiply them by 16, or save the photo with 8 bits a channel"
-        )
-    return photo
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # ---- label maps --------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ ENDING = re.compile(rf"(?:_gtFine|_gtCoarse)?_({'|'.join(KINDS)})$")
 
 VOID = "void"
 VOID_NAMES = {VOID, "ignore", "unlabelled", "unlabeled"}
-BACKGROUND = VOID_NAMES | {"background", "bg", "backdrop", "nothing", "none"}
 LARGEST = 65535
 VALUE = r"(?:\d+\b|#[0-9a-f]{6}\b|\*)"
 VALUE_FIRST = re.compile(rf"({VALUE})[\s:=,;]+(\D.*)", re.IGNORECASE)  # 24: person
@@ -98,21 +97,6 @@ def _plain(text: str) -> str:
     return re.sub(r"[\s_-]+", "_", text.strip().lower())
 
 
-def warnings_of(hierarchy: Hierarchy, classes: Mapping[str, str] | None) -> list[str]:
-    """What is allowed, but rarely meant: a background without its flag, a class that no mask can hold."""
-    names, lonely = hierarchy.names, set(hierarchy.roots) & set(hierarchy.leaves)
-    found = [
-        f"the root '{names[root]}' of the tree '{hierarchy.name}' is scored like any class; if it is background, give "
-        f'node {root} of the tree file "background": true'
-        for root in sorted(lonely.difference(hierarchy.background))
-        if names[root].lower() in BACKGROUND
-    ]
-    unused = [names[leaf] for leaf in hierarchy.leaves if names[leaf] not in (classes or {}).values()]
-    if classes and unused:
-        found.append(f"the class list has no value for {', '.join(unused)}")
-    return found
-
-
 # ---- values and colours ------------------------------------------------------------------------------------
 
 
@@ -137,27 +121,22 @@ class MaskReader:
         self.colours |= zip(_packed(hierarchy.colours).tolist(), range(hierarchy.num_nodes), strict=True)
         self.colours |= {int(key[1:], 16): label for key, label in labels.items() if key[0] == "#"}
 
-    def read(self, path: Path) -> tuple[np.ndarray, bool]:
-        """The labels of a mask, and whether its colours gave them against its values. Shape: (H, W) uint8.
+    def read(self, path: Path) -> np.ndarray:
+        """The labels of a mask. Shape: (H, W) uint8.
 
         Raises: UserError for what cannot be read, a value or colour that stands for nothing, or an open order.
         """
         values, palette = read_values(path)
         if values.ndim == 3:
-            return self._looked_up(_packed(values), self.colours, path, "the colour #{:06x}"), False
-        if palette is not None:
-            coloured = {i: self.colours[c] for i, c in enumerate(_packed(palette).tolist()) if c in self.colours}
-            present = np.flatnonzero(np.bincount(values.ravel())).tolist()
-            differing = [i for i in present if i in coloured and coloured[i] != self.values.get(i, self.rest)]
-            if differing and coloured.keys() >= {*present}:
-                return self._looked_up(values, coloured, path, "the colour of index {}"), True
-            if differing:
+            return self._looked_up(_packed(values), self.colours, path, "the colour #{:06x}")
+        for i in () if palette is None else np.flatnonzero(np.bincount(values.ravel())[: len(palette)]).tolist():
+            coloured = self.colours.get(int(_packed(palette[i])))
+            if coloured is not None and coloured != self.values.get(i, self.rest):
                 raise UserError(
-                    f"{path}: index {differing[0]} has the colour of label {coloured[differing[0]]} of the tree "
-                    f"'{self.tree}', other colours are not the tree's: it is open whether indices or colours count. "
-                    "Save the mask in grey (its indices count) or give it the tree's colours throughout"
+                    f"{path}: index {i} has the colour of label {coloured} of the tree '{self.tree}', so it is open "
+                    "which of the two counts. Save the mask in grey (indices count) or as RGB (colours count)"
                 )
-        return self._looked_up(values, self.values, path, "label {}"), False
+        return self._looked_up(values, self.values, path, "label {}")
 
     def _looked_up(self, codes: np.ndarray, meaning: Mapping[int, int], path: Path, what: str) -> np.ndarray:
         """Shape: (H, W) of numbers that stand for something -> (H, W) uint8."""
