@@ -1,10 +1,5 @@
 """The benchmark times what it says, and the plan for a GPU counts what a step does."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,15 +7,15 @@ import models.hseg
 from configs.config import Config
 from docs.figures.gpu_plan import CARDS, Counter, count_step, plan_table
 from manage.network import build_network, load_hierarchy
-from tests.factory import REPO, make_data, write_config
+from tests.factory import make_data, write_config
 from tests.preloaded import SlimEncoder
-from tools.benchmark import rates, table_row
+from tools import benchmark
 
 
 def test_the_first_round_is_not_counted_and_a_row_shows_median_lowest_and_highest() -> None:
     calls = []
-    assert len(rates(lambda: calls.append(1), photos=5, rounds=3)) == len(calls) - 1 == 3
-    assert table_row("step", [4.0, 1.0, 2.0]) == "| step | 2 | 1 to 4 |"
+    assert len(benchmark.rates(lambda: calls.append(1), photos=5, rounds=3)) == len(calls) - 1 == 3
+    assert benchmark.table_row("step", [4.0, 1.0, 2.0]) == "| step | 2 | 1 to 4 |"
 
 
 def test_an_operation_counts_what_it_reads_and_writes_and_a_view_nothing() -> None:
@@ -43,13 +38,11 @@ def test_a_step_has_the_flops_of_network_and_backward(monkeypatch) -> None:
     assert all(card in plan_table(config) for card in CARDS)
 
 
-@pytest.mark.slow
-def test_the_stages_run_on_the_data_of_a_config(tmp_path: Path) -> None:
-    cfg = write_config(tmp_path, make_data(tmp_path / "data", train=8, val=3))
-    stages = ["step", "loading", "epoch"]  # evaluation: two more processes, started the same way
-    command = [sys.executable, "tools/benchmark.py", "--cfg", cfg, "--rounds", "1", "--only", *stages]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    for title in ("training step", "the criterion", "random views", "a training epoch", "hardware: "):
-        assert title in done.stdout
-    assert not (tmp_path / "experiments").exists()  # it writes elsewhere
+def test_the_benchmark_runs_on_the_data_of_a_config(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+    cfg = write_config(tmp_path, make_data(tmp_path / "data"))
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--cfg", str(cfg), "--rounds", "1"])
+    benchmark.main()
+    told = capsys.readouterr().out
+    assert all(title in told for title in ("training step", "criterion", "decode alone", "kept photos", "hardware: "))
+    assert not (tmp_path / "experiments").exists()
