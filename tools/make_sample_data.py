@@ -21,7 +21,6 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 
 from utils.cli import map_files, run_main
-from utils.errors import UserError
 from utils.files import read_json, whole_folder, write_json, write_whole
 from utils.ids import write_ids
 
@@ -33,8 +32,6 @@ SUPERSAMPLING = 3  # odd, so that a pixel's centre is the centre of a sub-pixel
 LIGHT = np.array([-0.45, -0.55, 0.7])  # from the upper left, towards the viewer
 SKINS = ((255, 219, 190), (240, 195, 155), (212, 160, 115), (165, 110, 75), (115, 75, 50), (80, 52, 38))
 HAIRS = ((25, 20, 18), (60, 38, 22), (105, 65, 35), (190, 150, 85), (150, 145, 140), (140, 55, 30))
-
-
 Colour = Sequence[float] | np.ndarray  # red, green, blue
 
 
@@ -147,10 +144,8 @@ def draw_background(canvas: Canvas, rng: Generator) -> None:
         canvas.rgb += strength * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))[..., None]
     for _ in range(rng.integers(3, 9)):
         centre, size = rng.uniform(0, canvas.size), rng.uniform(0.05, 0.2) * min(canvas.size)
-        reach, thick = (
-            rng.choice([0.1, 1.0, 2.5]) * size * direction(rng.uniform(0, 180)),
-            size * rng.uniform(0.15, 0.5),
-        )
+        reach = rng.choice([0.1, 1.0, 2.5]) * size * direction(rng.uniform(0, 180))
+        thick = size * rng.uniform(0.15, 0.5)
         colours = [near(rng, rng.choice(SKINS)), vivid(rng), muted(rng)]  # so that colour alone does not tell people
         canvas.limb(centre - reach, centre + reach, (thick, thick), colours[rng.choice(3, p=[0.05, 0.1, 0.85])])
 
@@ -188,23 +183,20 @@ def make_data_set(settings: Settings, out: Path) -> bool:
     if (out / RECORD).is_file() and read_json(out / RECORD) == asdict(settings):
         return False
     ids = [f"drawn_{index:05d}" for index in range(settings.train + settings.val)]
-    try:
-        with whole_folder(out) as folder:
-            for name in ("JPEGImages", "gt_masks"):
-                (folder / name).mkdir()
+    with whole_folder(out) as folder:
+        for name in ("JPEGImages", "gt_masks"):
+            (folder / name).mkdir()
 
-            def draw(index: int) -> None:
-                photo, mask = draw_sample(settings, index)
-                photo.save(folder / "JPEGImages" / f"{ids[index]}.jpg", quality=92)
-                mask.save(folder / "gt_masks" / f"{ids[index]}.png")
+        def draw(index: int) -> None:
+            photo, mask = draw_sample(settings, index)
+            photo.save(folder / "JPEGImages" / f"{ids[index]}.jpg", quality=92)
+            mask.save(folder / "gt_masks" / f"{ids[index]}.png")
 
-            map_files(draw, range(len(ids)), "drawing")
-            write_ids(ids[: settings.train], folder / "train_id.txt")
-            write_ids(ids[settings.train :], folder / "val_id.txt")
-            write_whole("".join(f"{label}: {name}\n" for label, name in enumerate(CLASSES)), folder / "classes.txt")
-            write_json(asdict(settings), folder / RECORD)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; empty it, or choose another by --out") from error
+        map_files(draw, range(len(ids)), "drawing")
+        write_ids(ids[: settings.train], folder / "train_id.txt")
+        write_ids(ids[settings.train :], folder / "val_id.txt")
+        write_whole("".join(f"{label}: {name}\n" for label, name in enumerate(CLASSES)), folder / "classes.txt")
+        write_json(asdict(settings), folder / RECORD)
     return True
 
 

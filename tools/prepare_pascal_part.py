@@ -56,34 +56,25 @@ def main() -> int:
     args = parser.parse_args()
     if loadmat is None:
         raise UserError("scipy reads the raw annotations; install it with: pip install -r requirements-tools.txt")
-    annotations, photos = find_folder(args.source, ANNOTATIONS), find_folder(args.source, PHOTOS)
-    print(f"found annotations in {annotations}\n      photos in {photos}")
-    try:
-        with whole_folder(args.out) as folder:
-            record = prepare(annotations, PhotoFolder(photos), folder)
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror}; empty it, or choose another --out") from error
+    with whole_folder(args.out) as folder:
+        record = prepare(find_folder(args.source, ANNOTATIONS), PhotoFolder(find_folder(args.source, PHOTOS)), folder)
     for reason, number in record["left_out"].items():
         print(f"left out: {number:,} photos, {reason}")
-    print(f"at fault: {len(record['problems']) or 'none'}")
     for sample_id, problem in record["problems"].items():
-        print(f"  {sample_id}: {problem}")
+        print(f"at fault: {sample_id}: {problem}")
     print(f"wrote {args.out}: " + ", ".join(f"{number:,} {name} photos" for name, number in record["split"].items()))
     return 1 if record["problems"] else 0
 
 
 def find_folder(root: Path, name: str) -> Path:
-    """The only folder of that name at or below `root`, those that this tool wrote left out. Raises: UserError."""
-    found = [root] if root.name == name else sorted(root.rglob(name))
-    ours = {path.parent for path in found if (path.parent / RECORD).exists() or path.parent.name.startswith(".")}
-    found = [path.resolve() for path in found if path.is_dir() and path.parent not in ours]
+    """The only folder of that name below `root`, those that this tool wrote left out. Raises: UserError."""
+    found = [str(path) for path in root.resolve().rglob(name) if not (path.parent / RECORD).exists()]
     if len(found) != 1:
-        what = f"several folders could be meant: {', '.join(map(str, found))}" if found else "none is there"
         raise UserError(
-            f"looked for one folder {name} in {root} or below, {what}. Unpack the archives, and name the folder that "
-            "holds what they hold (masks need no preparation: see docs/data.md)"
+            f"looked for one folder {name} below {root}, found {', '.join(sorted(found)) or 'none'}. Unpack the "
+            "archives, and name the folder that holds them (masks need no preparation: see docs/data.md)"
         )
-    return found[0]
+    return Path(found[0])
 
 
 def prepare(annotations: Path, photos: PhotoFolder, folder: Path) -> dict[str, Any]:
@@ -93,7 +84,7 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path) -> dict[str, A
         (folder / name).mkdir()
     paths = sorted(annotations.glob("*.mat"))
     outcomes = map_files(lambda path: convert(path, photos, folder, h), paths, "prepare")
-    of_id = {path.stem: outcome for path, outcome in zip(paths, outcomes, strict=True)}
+    of_id = dict(zip([path.stem for path in paths], outcomes, strict=True))
     done = {sample_id for sample_id, outcome in of_id.items() if outcome is None}
     problems = {sample_id: outcome for sample_id, outcome in of_id.items() if outcome not in (None, *LEFT_OUT)}
     if not done:
@@ -105,11 +96,10 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path) -> dict[str, A
         if ids:
             write_ids(ids, folder / f"{name}_id.txt")
     write_whole("".join(f"{leaf}: {h.names[leaf]}\n" for leaf in h.leaves), folder / "classes.txt")
-    left_out = Counter(outcome for outcome in outcomes if outcome in LEFT_OUT)
     record = {
         "source": {"annotations": str(annotations), "photos": str(photos.folder)},
         "split": {name: len(ids) for name, ids in split.items()} | {"other": len(done) - sum(map(len, split.values()))},
-        "left_out": left_out,
+        "left_out": Counter(outcome for outcome in outcomes if outcome in LEFT_OUT),
         "problems": problems,
     }
     write_json(record, folder / RECORD)

@@ -54,16 +54,18 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` (absent or empty until then) if all goes well. Raises: OSError."""
+    """A folder to fill, which becomes `folder` (absent or empty until then) if all goes well. Raises: UserError."""
     folder = folder.resolve()
     beside = folder.with_name(f".{folder.name}.part")
-    if folder.exists():
-        folder.rmdir()
     shutil.rmtree(beside, ignore_errors=True)  # of a killed run
-    beside.mkdir(parents=True)
     try:
+        if folder.exists():
+            folder.rmdir()
+        beside.mkdir(parents=True)
         yield beside
         beside.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; empty it, or choose another --out") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
