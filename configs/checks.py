@@ -16,7 +16,7 @@ TYPE_NAMES = {
 }
 TEXTS = {  # kind of text -> its pattern, and that in words
     "name": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, '.', '_' and '-' (at most 100, no folders)"),
-    "device": (r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:<number>"),
+    "device": (r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:<number>"),
     "score": (r"(max|min) \S+", '"max SCORE" or "min SCORE"'),
 }
 

@@ -103,8 +103,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "mps":
-        raise UserError("key 'device': mps has no numbers of 64 bits, in which losses and scores are summed; use cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         device = device if device.index is not None else torch.device("cuda", local_rank)

@@ -25,13 +25,14 @@ from utils.locks import Lock
 
 
 def create_experiment(config: Config, lock: Lock, overwrite: bool = False, take_over: bool = False) -> None:
-    """Makes the folders of a new experiment and takes its lock; `write_copies` follows.
+    """Makes the folder of a new experiment and takes its lock; `write_records` follows.
 
     Raises: OSError; UserError when the experiment exists, unless `overwrite` moves it aside.
     """
     config.experiment_dir.mkdir(parents=True, exist_ok=True)
     lock.take(take_over)
-    if _has_results(config):
+    results = [config.copy_file, *config.checkpoints_dir.glob("*.pt"), *config.tensorboard_dir.glob("*")]
+    if any(path.exists() for path in results):
         if not overwrite:
             raise UserError(
                 f"experiment {config.exp_name!r} exists already in {config.experiment_dir}. Go on with it: --resume; "
@@ -42,14 +43,7 @@ def create_experiment(config: Config, lock: Lock, overwrite: bool = False, take_
             print(f"moved {aside.name.partition('.old-')[0]} to {aside}")
         config.experiment_dir.mkdir(parents=True)
         lock.take()
-    _make_folders(config)
-
-
-def _has_results(config: Config) -> bool:
-    """Whether a start of this name has left anything that a new one would destroy."""
-    return (
-        config.copy_file.exists() or any(config.checkpoints_dir.glob("*.pt")) or any(config.tensorboard_dir.glob("*"))
-    )
+    config.checkpoints_dir.mkdir(exist_ok=True)
 
 
 def open_experiment(config: Config, lock: Lock, take_over: bool = False) -> None:
@@ -57,7 +51,6 @@ def open_experiment(config: Config, lock: Lock, take_over: bool = False) -> None
     if not config.copy_file.exists():
         raise UserError(f"{config.experiment_dir}: nothing to resume there; start without --resume")
     lock.take(take_over)
-    _make_folders(config)
     remove_unfinished(config.checkpoints_dir)
 
 
@@ -81,23 +74,18 @@ def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: st
         )
 
 
-def _make_folders(config: Config) -> None:
-    for path in (config.checkpoints_dir, config.copy_file.parent, config.tensorboard_dir):
-        path.mkdir(parents=True, exist_ok=True)
+def write_records(config: Config, hierarchy: Hierarchy, device: torch.device, world: int) -> None:
+    """All folders; how this process was started, one entry a start; tree and config: from here on it can be resumed.
 
-
-def write_copies(config: Config, hierarchy: Hierarchy) -> None:
-    """Config and tree of a run; from here on it can be resumed. Raises: OSError."""
-    _make_folders(config)
-    write_json(hierarchy.to_dict(), config.copy_file.with_name("hierarchy.json"))
-    save_config(config, config.copy_file)
-
-
-def record_start(folder: Path, device: torch.device, world: int) -> None:
-    """Adds how this process was started to environment.json: one entry for each start and resume. Raises: OSError."""
-    path = folder / "environment.json"
+    Raises: OSError.
+    """
+    for folder in (config.checkpoints_dir, config.copy_file.parent, config.tensorboard_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = config.experiment_dir / "environment.json"
     starts = read_json(path) if path.is_file() else []
     write_json([*starts, environment(device) | {"processes": world}], path)
+    write_json(hierarchy.to_dict(), config.copy_file.with_name("hierarchy.json"))
+    save_config(config, config.copy_file)
 
 
 # --- what stands in records and on the screen ---

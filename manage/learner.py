@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.config import Config
 from manage import distributed
 from manage.inference import autocast, chosen_amp
-from manage.network import build_network, load_start_weights, load_weights
+from manage.network import build_network, load_start_weights, load_weights, start_head
 from manage.training_report import say
 from models.ema import EMA
 from utils.dataset import Sample
@@ -34,7 +34,9 @@ class Learner:
         on_gpu_in_half = device.type == "cuda" and self.amp != "off"
         is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
         self.layout = torch.channels_last if is_channels_last else torch.preserve_format
-        self.network = build_network(config, hierarchy, encoding.pixels).to(device, memory_format=self.layout)
+        self.network = build_network(config, hierarchy)
+        start_head(self.network, hierarchy, encoding.pixels)
+        self.network.to(device, memory_format=self.layout)
         self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
         self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, config.compile)
         if config.compile:  # makes the tree's tables, whose making inside would have it compiled twice

@@ -28,17 +28,19 @@ def load_hierarchy(config: Config) -> Hierarchy:
     return hierarchy
 
 
-def build_network(config: Config, hierarchy: Hierarchy, pixel_counts: Sequence[int] | None = None) -> HSEG:
-    """A network with random weights; with `pixel_counts` (per node) its head starts at the classes' shares.
+def build_network(config: Config, hierarchy: Hierarchy, subpixel: bool = False) -> HSEG:
+    """A network with random weights. Raises: UserError for an encoder that is not there."""
+    try:
+        return HSEG(config.encoder, hierarchy.num_nodes, decoder_channels=config.decoder_channels, subpixel=subpixel)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"key 'encoder': {error}") from None
 
-    Raises: UserError for an encoder that is not there.
-    """
-    network = _assemble(config, hierarchy)
-    if pixel_counts is not None:
-        counts = torch.tensor(pixel_counts, dtype=torch.float64)
-        shares = counts / counts[list(hierarchy.roots)].sum().clamp(min=1)
-        network.segmentation_head.start_at(shares.clamp(1e-4, 1 - 1e-4).logit().float())
-    return network
+
+def start_head(network: HSEG, hierarchy: Hierarchy, pixel_counts: Sequence[int]) -> None:
+    """Lets the head start at the classes' shares. Shape: pixels of each node."""
+    counts = torch.tensor(pixel_counts, dtype=torch.float64)
+    shares = counts / counts[list(hierarchy.roots)].sum().clamp(min=1)
+    network.segmentation_head.start_at(shares.clamp(1e-4, 1 - 1e-4).logit().float())
 
 
 def load_start_weights(network: HSEG, hierarchy: Hierarchy, config: Config, say=print) -> None:
@@ -82,13 +84,6 @@ def _init_from(network: HSEG, hierarchy: Hierarchy, path: Path, say) -> None:
     say(f"started from {path}; at random: {', '.join(anew) or 'nothing'}")
 
 
-def _assemble(config: Config, hierarchy: Hierarchy, subpixel: bool = False) -> HSEG:
-    try:
-        return HSEG(config.encoder, hierarchy.num_nodes, decoder_channels=config.decoder_channels, subpixel=subpixel)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"key 'encoder': {error}") from None
-
-
 def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
     """What a checkpoint was trained with, and its network with the weights to use (the averaged ones, if any).
 
@@ -98,7 +93,7 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
     hierarchy = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
     weights = state.get("ema") or state["model"]
     last = weights.get("decoder.last.block.0.weight")  # of version 0.1: a 1 x 1 convolution
-    network = _assemble(config, hierarchy, subpixel=isinstance(last, Tensor) and last.shape[-1] == 1)
+    network = build_network(config, hierarchy, subpixel=isinstance(last, Tensor) and last.shape[-1] == 1)
     load_weights(network, weights, source)
     return config, hierarchy, network.eval()
 

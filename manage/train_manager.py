@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from configs.config import Config
-from manage import distributed
+from manage import distributed, experiment
 from manage.checkpoint import DamagedCheckpoint, find_checkpoint, keep_newest, load_checkpoint, newest_valid, pack
 from manage.data import Tolerance, TrainLoader, ValLoader, check_data, read_split
 from manage.evaluation_manager import Validation, validate
-from manage.experiment import (
-    check_same_run,
-    create_experiment,
-    open_experiment,
-    record_start,
-    resume_line,
-    write_copies,
-)
 from manage.learner import Learner, Step, seed_everything
 from manage.network import load_hierarchy
 from manage.predictor import Decoding
@@ -38,7 +30,7 @@ from utils.schedules import lr_factor
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
 LATE_STEPS = 4  # so many steps later the numbers of a step are read: nothing waits for the device
 STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]  # save, and end
-PROGRESS = ("epoch", "batch", "step", "loss_sum", "loss_steps", "best", "best_epoch", "seconds")  # kept in checkpoints
+PROGRESS = ("epoch", "batch", "step", "loss_sum", "loss_steps", "best", "best_epoch")  # kept in checkpoints
 
 
 class Interrupted(Exception):
@@ -71,7 +63,7 @@ class TrainManager:
         self.loader.views.show_outside(self.learner.network.input_mean)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
-        self.loss_steps, self.seconds = 0, 0.0
+        self.loss_steps = 0
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
@@ -80,6 +72,7 @@ class TrainManager:
         self.is_whole = True  # between two steps, all of them finite as far as is known
         self.signal: int | None = None  # what this process was told
         self.lock, self.report = Lock(config.experiment_dir), TrainingReport(config, self.hierarchy, self.device)
+        self.records = (config, self.hierarchy, self.device, world)
 
     # --- opening ---
     def run(self, resume: str | None = None, overwrite: bool = False, take_over: bool = False) -> int:
@@ -101,8 +94,8 @@ class TrainManager:
             handlers = {number: signal.signal(number, self._on_signal) for number in heard}
             distributed.largest(0)  # all processes listen to signals before the first is told that the run goes on
             say(self.kept_photos)
-            photos = len(self.train_ids), len(self.val_ids)
-            self.report.plan(photos, self.batches.batch_size, self.steps_per_epoch, self.warmup_epochs)
+            photos, done = (len(self.train_ids), len(self.val_ids)), self.epoch + self.batch / self.batches.n_batches
+            self.report.plan(photos, self.batches.batch_size, self.steps_per_epoch, self.warmup_epochs, done)
             return self._train()
         finally:
             self.report.close()
@@ -117,7 +110,7 @@ class TrainManager:
             resume = "" if distributed.on_main_only(config.copy_file.is_file) else None
         is_new = resume != ""
         if not is_new:
-            distributed.on_main_only(open_experiment, config, self.lock, take_over)
+            distributed.on_main_only(experiment.open_experiment, config, self.lock, take_over)
             source = distributed.on_main_only(newest_valid, config.checkpoints_dir, say)
         elif resume is not None:
             source = find_checkpoint(resume, config.checkpoints_dir, config.root)
@@ -126,13 +119,12 @@ class TrainManager:
         else:
             self._go_on_from(source, is_new)
         if is_new:
-            distributed.on_main_only(create_experiment, config, self.lock, overwrite, take_over)
+            distributed.on_main_only(experiment.create_experiment, config, self.lock, overwrite, take_over)
         if not (config.checkpoints_dir / "best.pt").is_file():
             self.best = None  # none is better than what is on disk
         if is_new and source and not self.save("last"):  # first: a folder with a config is resumed from what it holds
             raise UserError(f"{config.checkpoints_dir}: the state taken over could not be written; free space")
-        distributed.on_main_only(write_copies, config, self.hierarchy)
-        distributed.on_main_only(record_start, config.experiment_dir, self.device, self.world)
+        distributed.on_main_only(experiment.write_records, *self.records)
         distributed.on_main_only(self.report.open, self.step, self.epoch)
 
     def _go_on_from(self, file: Path, is_new: bool) -> None:
@@ -141,7 +133,7 @@ class TrainManager:
         Raises: UserError where it is damaged, or of another config, tree, network or list of photos.
         """
         state, source, photos = load_checkpoint(file), str(file), self.world * self.batches.batch_size
-        check_same_run(self.config, self.hierarchy, state, source, self._lists(), is_new)
+        experiment.check_same_run(self.config, self.hierarchy, state, source, self._lists(), is_new)
         try:
             self.load_state(state, source)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -155,7 +147,6 @@ class TrainManager:
 
     # --- running ---
     def _train(self) -> int:
-        self.report.start_clock(self.epoch + self.batch / self.batches.n_batches)
         try:
             while self.epoch < self.config.n_epochs:
                 self._train_epoch()
@@ -176,7 +167,7 @@ class TrainManager:
         self.batches.start_at(self.epoch, self.batch)
         torch.backends.cudnn.benchmark = not self.config.deterministic  # all crops have one size
         self.learner.set_train_mode(self._is_frozen())
-        saved = counted = began = time.monotonic()
+        saved = began = time.monotonic()
         first = self.batch
         with bar(self.batches.n_batches, self.batch, f"epoch {self.epoch + 1}/{self.config.n_epochs}") as shown:
             for group in self._groups():
@@ -186,13 +177,11 @@ class TrainManager:
                 self.step += 1
                 self.is_whole = True
                 self._read_steps()
-                counted, before = time.monotonic(), counted
-                self.seconds += counted - before
                 shown.set_postfix(loss=self.newest_loss, refresh=False)
                 shown.update(len(group))
-                if self._stop_if_asked(wants_save=counted - saved > SAVE_EVERY_S):
-                    saved = counted
+                if self._stop_if_asked(wants_save=time.monotonic() - saved > SAVE_EVERY_S):
                     self.save("last")
+                    saved = time.monotonic()
         self._read_steps(late=0)
         photos = (self.batch - first) * self.batches.batch_size * self.world
         self.photos_per_second = photos / max(1e-9, time.monotonic() - began)
@@ -240,7 +229,7 @@ class TrainManager:
         is_last, before = number == config.n_epochs, (self.best, self.best_epoch)
         record = {"epoch": number, "step": self.step, "lr": self.learner.optimizer.param_groups[0]["lr"]}
         record["loss_train"] = float(self.loss_sum) / self.loss_steps
-        record |= {"photos_per_second": self.photos_per_second, "train_seconds": self.seconds}
+        record["photos_per_second"] = self.photos_per_second
         if is_last or number % config.val_every == 0:
             result = self._validate()
             record |= result.scores
@@ -296,7 +285,7 @@ class TrainManager:
         try:
             if not folder.is_dir():
                 say(f"warning: {folder} has vanished; it is made anew")
-                write_copies(self.config, self.hierarchy)
+                experiment.write_records(*self.records)
             data = pack(self.state())
             for name in names:
                 write_whole(data, folder / f"{name}.pt", folder / "previous.pt" if name == "last" else None)
@@ -347,7 +336,7 @@ class TrainManager:
             saved = self.save("last")
         except UserError as worse:
             return str(worse)
-        return f"{text}. All steps before it are saved; {resume_line(self.config)}" if saved else text
+        return f"{text}. All steps before it are saved; {experiment.resume_line(self.config)}" if saved else text
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.signal is not None:  # the second one ends at once

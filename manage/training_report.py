@@ -72,10 +72,9 @@ class TrainingReport:
                 print(f"warning: curves cannot be written ({error}); training goes on without them", file=sys.stderr)
             self.is_silent = True
 
-    def start_clock(self, epochs_done: float) -> None:
-        self.began, self.begun_at = time.monotonic(), epochs_done
-
-    def plan(self, photos: tuple[int, int], batch_size: int, steps: int, warmup_epochs: float) -> None:
+    def plan(self, photos: tuple[int, int], batch_size: int, steps: int, warmup_epochs: float, done: float) -> None:
+        """What will be done, and what of the config is cut; from here the time runs, after `done` epochs."""
+        self.began, self.begun_at = time.monotonic(), done
         config, world = self.config, distributed.world()
         used = {"batch_size": batch_size, "warmup_epochs": warmup_epochs}
         used |= {key: min(getattr(config, key), config.n_epochs) for key in ("val_every", "save_epoch")}

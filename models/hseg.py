@@ -1,7 +1,6 @@
 """The network: encoder, decoder, heads. It knows how many nodes it scores, not what they mean."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 
 from models.decoders.unet import UNetDecoder
 from models.encoders import build_encoder
-from models.heads.classification import ClassificationHead
 from models.heads.segmentation import SegmentationHead
 
 
@@ -24,7 +22,6 @@ class HSEG(nn.Module):
         encoder: str,
         num_nodes: int,
         pretrained: bool = False,
-        encoder_weights: str | Path | None = None,
         decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
         subpixel: bool = False,
     ) -> None:
@@ -32,14 +29,12 @@ class HSEG(nn.Module):
         self.encoder = build_encoder(encoder)
         self.decoder = UNetDecoder(self.encoder.channels, decoder_channels, subpixel)
         self.segmentation_head = SegmentationHead(self.decoder.out_channels, num_nodes)
-        self.classification_head = ClassificationHead()
         self.stride = max(self.encoder.channels)
         # of the photos that the encoder's weights were trained on, in units of 1; kept in checkpoints
         self.register_buffer("input_mean", torch.tensor(self.encoder.mean))
         self.register_buffer("input_std", torch.tensor(self.encoder.std))
         if pretrained:
             self.encoder.load_pretrained()
-        self.left_over = [] if encoder_weights is None else self.encoder.load_file(encoder_weights)
 
     def forward(self, photos: Tensor) -> Tensor:
         """Logits of every node.
@@ -63,5 +58,8 @@ class HSEG(nn.Module):
         return torch.addcmul(shift, photos.float(), scale)
 
     def scores(self, photos: Tensor) -> Tensor:
-        """Probability of every node. Shape: (B, 3, H, W) of 0 to 255 -> (B, N, H, W) in [0, 1]."""
-        return self.classification_head(self(photos))
+        """Probability of every node: a sigmoid each, since nodes on one path are true together.
+
+        Shape: (B, 3, H, W) of 0 to 255 -> (B, N, H, W) in [0, 1].
+        """
+        return self(photos).sigmoid()

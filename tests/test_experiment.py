@@ -43,27 +43,35 @@ def test_shipped_files_are_valid_and_the_arguments_of_a_run_give_back_its_config
         load_config(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seeds": [0, 0]}, "two runs would be 'trial_bce_seed0'"),
-        ({"seeds": [-1]}, "run 'bce': .*key 'seed'"),
-        ({"seeds": 3}, r"runs\[0\]: 'seeds' is 3; python tools/experiment.py --help"),
-        ({"seed": [0]}, "unknown key 'seed'; known keys are cfg, name, overrides, search, seeds"),
-        ({"name": "a/b"}, "'exp_name'"),
-        ({"overrides": {"seed": 1}}, "'overrides' is {'seed': 1}"),
-        ({"overrides": {"lrr": 1}}, "run 'bce': .*unknown key 'lrr'; did you mean 'lr'"),
-        ({"search": {"lrr": [1]}}, "unknown key 'lrr'"),
-        ({"search": {"lr": 0.1}}, "'search' is "),
-        ({"search": "ce"}, "'search' is 'ce', no run that searches"),
-        ({"cfg": "configs/nothing.json"}, "no such file"),
-    ],
-)
-def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, change: dict, message: str) -> None:
+MISTAKES = {  # a change of a run, and what is said of it
+    "seeds twice": ({"seeds": [0, 0]}, "two runs would be 'trial_bce_seed0'"),
+    "a seed below 0": ({"seeds": [-1]}, "run 'bce': .*key 'seed'"),
+    "no list": ({"seeds": 3}, r"runs\[0\]: 'seeds' is 3; .* python tools/experiment.py --help"),
+    "unknown": ({"seed": [0]}, r"'seed' is \[0\]; known keys are name, cfg, overrides, seeds, search"),
+    "a folder": ({"name": "a/b"}, "'exp_name'"),
+    "a seed too many": ({"overrides": {"seed": 1}}, "'overrides' is {\"seed\": 1"),
+    "a config key": ({"overrides": {"lrr": 1}}, "run 'bce': .*unknown key 'lrr'; did you mean 'lr'"),
+    "a searched key": ({"search": {"lrr": [1]}}, "unknown key 'lrr'"),
+    "no values": ({"search": {"lr": 0.1}}, "'search' is "),
+    "no such search": ({"search": "ce"}, "'search' is 'ce', no run that searches"),
+    "no config": ({"cfg": "configs/nothing.json"}, "no such file"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, case: str) -> None:
+    change, message = MISTAKES[case]
     with pytest.raises(UserError, match=message):
         read_entries(write_runs(tmp_path, entry(tmp_path) | change))
     with pytest.raises(UserError, match="at least one run"):
         read_entries(write_runs(tmp_path))
+
+
+def test_logs_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiments").write_text("a file")
+    monkeypatch.setattr("sys.argv", ["experiment.py", str(write_runs(tmp_path, entry(tmp_path)))])
+    with pytest.raises(UserError, match=r"experiments/logs/trial: cannot be written \(Not a directory\); set root_dir"):
+        tool.main()
 
 
 def test_what_stands_beside_the_runs_holds_for_all_and_a_run_adds_to_it(tmp_path: Path) -> None:
@@ -114,25 +122,20 @@ def test_tries_train_without_a_sixth_and_are_scored_on_it(tmp_path: Path) -> Non
     assert [*(tmp_path / "data").iterdir()] == [tmp_path / "data" / "train_id.txt"]  # it may be read-only
 
 
-def finished(tmp_path: Path, tree: Hierarchy, **changes) -> Entry:
-    """The scores of seed 0 at its last epoch, with some values of scores.json changed."""
-    folder = fake_experiment(tmp_path, tree, "trial_bce_seed0", 0.5, evaluation="last")
-    path = folder / "evaluation" / "last" / "scores.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(tmp_path: Path, tree: Hierarchy) -> None:
     (tmp_path / "defaults.json").write_text("{}")
     overrides = {"root_dir": str(tmp_path), "n_epochs": 3}
-    runs = write_runs(tmp_path, entry(tmp_path, cfg=str(tmp_path / "defaults.json"), overrides=overrides))
-    return read_entries(runs)[0]
-
-
-def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(tmp_path: Path, tree: Hierarchy) -> None:
-    own = finished(tmp_path / "a", tree)
-    assert [run.scored() is not None for run in own.finals({})] == [True, False]
-    assert own.run("seed0", {"decode": "leaf", "seed": 0}).scored() is None
+    own = read_entries(write_runs(tmp_path, entry(tmp_path, cfg=str(tmp_path / "defaults.json"), overrides=overrides)))
+    path = fake_experiment(tmp_path, tree, "trial_bce_seed0", 0.5, evaluation="last") / "evaluation/last/scores.json"
+    run, other = own[0].finals({})
+    assert (run.scored() is not None, other.scored()) == (True, None)
+    assert own[0].run("seed0", {"decode": "leaf", "seed": 0}).scored() is None
     with pytest.raises(UserError, match=r"exists with another config \(lr differ\)"):
-        own.finals({"lr": 0.5})[0].scored()
-    assert finished(tmp_path / "b", tree, epoch=2).finals({})[0].scored() is None
-    assert finished(tmp_path / "c", tree, root_bias={"body": 0.5}).finals({})[0].scored() is None
+        own[0].finals({"lr": 0.5})[0].scored()
+    record = json.loads(path.read_text())
+    for change in ({"epoch": 2}, {"root_bias": {"body": 0.5}}):
+        path.write_text(json.dumps(record | change))
+        assert run.scored() is None
 
 
 def fake_run(folder: Path, name: str, code: str) -> SimpleNamespace:
@@ -159,10 +162,8 @@ def test_a_run_that_fails_stops_no_other_and_a_signal_ends_what_runs_and_starts_
     assert runner.faults == [f"bad: ended with status 3, see {tmp_path / 'bad.log'}"]
     assert (tmp_path / "good.log").read_text().endswith("\nwell\n")
     runner, log = Runner(1, tmp_path, take_over=False), tmp_path / "first.log"
-    runs = [
-        fake_run(tmp_path, "first", "import time; print(1, flush=True); time.sleep(99)"),
-        fake_run(tmp_path, "b", ""),
-    ]
+    sleeping = "import time; print(1, flush=True); time.sleep(99)"
+    runs = [fake_run(tmp_path, "first", sleeping), fake_run(tmp_path, "b", "")]
     when(lambda: log.exists() and log.read_text().endswith("\n1\n"), lambda: runner.stop(signal.SIGTERM, None))
     with pytest.raises(SystemExit) as stopped:
         runner.run(runs)

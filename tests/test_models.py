@@ -90,25 +90,16 @@ def test_photos_are_normalised_as_the_weights_of_the_encoder_expect(name):
     assert torch.equal(network.state_dict()["input_mean"], torch.tensor(transforms.mean)), "checkpoints keep it"
 
 
-def test_timm_networks_are_encoders_with_their_own_normalisation():
+def test_a_timm_network_is_an_encoder_with_its_own_normalisation_and_takes_the_state_dict_of_the_whole(tmp_path):
     timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
     network = HSEG("timm:tf_efficientnet_lite0", 5, decoder_channels=SLIM)
     assert network.encoder.channels == {2: 16, 4: 24, 8: 40, 16: 112, 32: 320}
     assert network.input_mean.tolist() == [0.5, 0.5, 0.5]
     assert network(torch.zeros(1, 3, 45, 67)).shape == (1, 5, 45, 67)
-    whole = timm.create_model("tf_efficientnet_lite0", features_only=True)
-    assert network.encoder.network.state_dict().keys() == whole.state_dict().keys()
-
-
-def test_a_timm_network_takes_the_state_dict_of_the_whole(tmp_path):
-    timm = pytest.importorskip("timm")
-    whole = timm.create_model("tf_efficientnet_lite0")
-    torch.save(whole.state_dict(), tmp_path / "w.pth")
-    encoder = build_encoder("timm:tf_efficientnet_lite0")
-    left_over = encoder.load_file(tmp_path / "w.pth")
-    assert torch.equal(encoder.network.state_dict()["conv_stem.weight"], whole.state_dict()["conv_stem.weight"])
-    assert left_over == []
+    whole = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save(whole, tmp_path / "w.pth")
+    assert network.encoder.load_file(tmp_path / "w.pth") == ["classifier.weight", "classifier.bias"]
+    assert all(torch.equal(value, whole[key]) for key, value in network.encoder.network.state_dict().items())
 
 
 def test_a_missing_timm_says_how_to_install_it(monkeypatch):
@@ -117,40 +108,22 @@ def test_a_missing_timm_says_how_to_install_it(monkeypatch):
         HSEG("timm:resnet18", 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("resnet19", "unknown encoder 'resnet19'; did you mean 'resnet1"),
-        ("vit_b_16", "unknown encoder 'vit_b_16'"),
-        ("alexnet", "unknown encoder 'alexnet'"),
-    ],
-)
-def test_an_encoder_that_is_not_there_is_named(name, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", ["resnet19", "vit_b_16", "alexnet"])
+def test_an_encoder_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=f"unknown encoder '{name}'"):
         HSEG(name, 10)
 
 
 # --- the whole network ---
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (95, 101)])
-def test_any_size_from_the_stride_on_keeps_its_shape(network, size):
-    assert network.eval()(torch.zeros(2, 3, *size)).shape == (2, 10, *size)
-
-
-def test_a_smaller_image_is_refused_with_the_way_out(network):
+def test_any_size_from_the_stride_on_keeps_its_shape_and_bytes_are_as_good_as_floats(network):
+    for size in ((32, 32), (33, 47), (95, 101)):
+        photos = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+        with torch.no_grad():
+            logits = network.eval()(photos)
+            assert logits.shape == (2, 10, *size)
+            assert torch.equal(network.scores(photos.float()), logits.sigmoid())
     with pytest.raises(ValueError, match="enlarge it to 32 x 32"):
         network(torch.zeros(1, 3, 31, 64))
-
-
-def test_bytes_and_floats_of_the_same_photo_give_the_same_logits(network):
-    photo = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8)
-    with torch.no_grad():
-        assert torch.equal(network.eval()(photo), network(photo.float()))
-
-
-def test_scores_are_the_sigmoid_of_the_logits(network):
-    photos = 255 * torch.rand(1, 3, 40, 40)
-    with torch.no_grad():
-        assert torch.equal(network.eval().scores(photos), network(photos).sigmoid())
 
 
 def test_the_last_stage_goes_up_without_a_comb():
@@ -210,9 +183,7 @@ def test_every_spelling_of_a_state_dict_is_understood(tmp_path, resnet18_state, 
         torch.save(state, file)
     else:
         safetensors = pytest.importorskip("safetensors.torch")
-        safetensors.save_file(
-            {k: v.clone() for k, v in state.get("model", state.get("state_dict", state)).items()}, file
-        )
+        safetensors.save_file(state.get("model", state.get("state_dict", state)), file)
     encoder = build_encoder("resnet18")
     left_over = encoder.load_file(file)
     for key, value in encoder.state_dict().items():
@@ -224,28 +195,20 @@ class Foreign:
     """Something that would have to be executed to be loaded."""
 
 
-def less_one(state):
-    return {key: value for key, value in state.items() if key != "bn1.bias"}
+MISFITS = {
+    "1 of its 120 tensors are missing, 0 have another shape: bn1.bias is missing": lambda s: (
+        s.pop("bn1.bias") is None or s
+    ),
+    "1 have another shape: conv1.weight is (64, 1, 7, 7)": lambda s: s | {"conv1.weight": torch.ones(64, 1, 7, 7)},
+    "expected a state dict": lambda _: {"net": {}},
+    "not a state dict that can be loaded safely": lambda _: Foreign(),
+    "conv1.weight is missing); the file begins with a": lambda _: {"a": torch.ones(1)},
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (less_one, "1 of its 120 tensors are missing, 0 have another shape: bn1.bias is missing"),
-        (
-            lambda s: s | {"conv1.weight": torch.ones(64, 1, 7, 7)},
-            "1 have another shape: conv1.weight is (64, 1, 7, 7)",
-        ),
-        (lambda s: {"net": {}}, "expected a state dict"),
-        (lambda s: Foreign(), "not a state dict that can be loaded safely"),
-        (
-            lambda s: torchvision.models.mobilenet_v2().state_dict(),
-            "conv1.weight is missing); the file begins with features.0.0.weight",
-        ),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, resnet18_state, content, message):
-    torch.save(content(resnet18_state), tmp_path / "weights.pth")
+@pytest.mark.parametrize("message", MISFITS)
+def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, resnet18_state, message):
+    torch.save(MISFITS[message](dict(resnet18_state)), tmp_path / "weights.pth")
     with pytest.raises(RuntimeError, match=f"weights.pth: .*{re.escape(message)}"):
         build_encoder("resnet18").load_file(tmp_path / "weights.pth")
 
@@ -260,16 +223,6 @@ def test_a_missing_or_garbled_file_is_named(tmp_path, suffix):
         build_encoder("resnet18").load_file(tmp_path / f"absent{suffix}")
 
 
-def test_pretrained_takes_an_older_file_from_torchs_cache(tmp_path, monkeypatch, resnet18_state):
-    """The file of the user's own experiment: torchvision's keys, no counters, in TORCH_HOME, hash checked by name."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    torch.save(without_counters(resnet18_state), folder / "resnet18-f37072fd.pth")
-    encoder = HSEG("resnet18", 4, pretrained=True, decoder_channels=SLIM).encoder
-    assert torch.equal(encoder.conv1.weight, resnet18_state["conv1.weight"])
-
-
 def test_a_failed_download_says_what_to_do(monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
@@ -277,7 +230,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
     with pytest.raises(RuntimeError) as error:
         HSEG("resnet18", 4, pretrained=True, decoder_channels=SLIM)
-    for part in ("resnet18", "https://", "no route to host", "checkpoints", "encoder_weights", "pretrained false"):
+    for part in ("resnet18", "https://", "no route to host", "checkpoints", "encoder_weights"):
         assert part in str(error.value)
 
 
@@ -285,7 +238,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
     ("file", "encoder", "left"),
     [
         ("mobilenet_v2_imagenet.pth", "mobilenet_v2", 6),
-        ("tf_efficientnet_lite0_imagenet.pth", "timm:tf_efficientnet_lite0", 0),
+        ("tf_efficientnet_lite0_imagenet.pth", "timm:tf_efficientnet_lite0", 2),
     ],
 )
 def test_real_imagenet_weights_fit(hseg_weights, file, encoder, left):

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.config import REPOSITORY
 from manage.comparison import compare
+from manage.distributed import on_main_only
 from tools.compare import write_report
 from tools.experiment_runs import Entry, Run, read_entries
 from utils.cli import cores, run_main
@@ -74,14 +75,9 @@ def final_runs(entries: Sequence[Entry], chosen: dict[str, dict]) -> list[Run]:
 
 def run_all(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[str]:
     """First what the choices need, then the final runs. Returns what went wrong."""
-    logs = entries[0].logs
-    lock = Lock(logs)
-    logs.mkdir(parents=True, exist_ok=True)
-    lock.take(arguments.take_over)  # one runner at a time for a file of runs
-    for entry in entries:
-        entry.logs.mkdir(parents=True, exist_ok=True)
-        entry.write_lists()
-    runner = Runner(arguments.jobs, logs, arguments.take_over)
+    lock = Lock(entries[0].logs)
+    on_main_only(prepare, entries, lock, arguments.take_over)
+    runner = Runner(arguments.jobs, lock.folder, arguments.take_over)
     handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         runner.run([run for entry in entries for run in entry.tries()])
@@ -91,6 +87,15 @@ def run_all(arguments: argparse.Namespace, entries: Sequence[Entry]) -> list[str
         for number, handler in handlers.items():
             signal.signal(number, handler)
         lock.release()
+
+
+def prepare(entries: Sequence[Entry], lock: Lock, take_over: bool) -> None:
+    """The folder of logs, which is of one runner at a time, and the lists of held-out photos. Raises: OSError."""
+    lock.folder.mkdir(parents=True, exist_ok=True)
+    lock.take(take_over)
+    for entry in entries:
+        entry.logs.mkdir(parents=True, exist_ok=True)
+        entry.write_lists()
 
 
 class Runner:

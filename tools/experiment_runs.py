@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +126,9 @@ def read_entries(file: Path) -> list[Entry]:
     """
     content = read_json(file)
     runs = content.pop("runs", None) if isinstance(content, dict) else None
-    if not isinstance(runs, list) or not runs:
-        raise UserError(f"{file}: expected a JSON object with a list of at least one run as 'runs'")
-    shared = _checked(content, KEYS.keys() - {"name"}, set(), str(file))
-    entries = []
-    for i, record in enumerate(runs):
-        own = _checked(record, KEYS.keys(), {"name", "cfg", "seeds"} - shared.keys(), f"{file}: runs[{i}]")
-        overrides = shared.get("overrides", {}) | own.get("overrides", {})
-        entries.append(Entry(file, **{"search": None} | shared | own | {"overrides": overrides}))
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+        raise UserError(f"{file}: expected a JSON object with a list of at least one run as 'runs', each an object")
+    entries = [Entry(file, **_with_shared(content, run, f"{file}: runs[{i}]")) for i, run in enumerate(runs)]
     names = [run.config.exp_name for entry in entries for run in (*entry.tries(), *entry.finals({}))]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{file}: two runs would be {twice[0]!r}; give each a name, and each seed once")
@@ -144,22 +138,18 @@ def read_entries(file: Path) -> list[Entry]:
     return entries
 
 
-def _checked(record: Any, known: Set[str], required: Set[str], where: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object with the keys {', '.join(sorted(known))}")
-    if wrong := sorted(record.keys() - known) + sorted(required - record.keys()):
-        state = "unknown key" if wrong[0] in record else "is missing the key"
-        raise UserError(f"{where}: {state} {wrong[0]!r}; known keys are {', '.join(sorted(known))}")
-    wrong = [key for key, value in record.items() if not isinstance(value, KEYS[key])]
-    if not wrong and {"exp_name", "seed"} & record.get("overrides", {}).keys():
-        wrong = ["overrides"]
-    lists = record.get("search")
-    if (
-        not wrong
-        and isinstance(lists, dict)
-        and not all(isinstance(values, list) and values for values in lists.values())
-    ):
-        wrong = ["search"]
+def _with_shared(shared: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:
+    """The keys of a run, and those beside "runs"."""
+    values = {"search": None} | shared | own
+    wrong = [key for part in (shared, own) for key in part if not isinstance(part[key], KEYS.get(key, ()))]
+    if not wrong:
+        values["overrides"] = shared.get("overrides", {}) | own.get("overrides", {})
+        tried = values["search"].values() if isinstance(values["search"], dict) else ()
+        wrong = [key for key in KEYS if key not in values]
+        wrong += ["overrides"] * bool({"exp_name", "seed"} & values["overrides"].keys())
+        wrong += ["search"] * (not all(isinstance(value, list) and value for value in tried))
     if wrong:
-        raise UserError(f"{where}: {wrong[0]!r} is {record[wrong[0]]!r}; python tools/experiment.py --help shows how")
-    return record
+        found = json.dumps(values[wrong[0]]) if wrong[0] in values else "missing"
+        shown = f"known keys are {', '.join(KEYS)}; python tools/experiment.py --help shows an example"
+        raise UserError(f"{where}: {wrong[0]!r} is {found}; {shown}")
+    return values

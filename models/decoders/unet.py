@@ -49,20 +49,14 @@ class LastStage(nn.Module):
         return F.interpolate(self.block(x), scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-class SubpixelStage(nn.Module):
+class SubpixelStage(nn.Sequential):
     """The last stage of checkpoints of version 0.1: a 1 x 1 convolution writes the four sub-pixels as channels."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
+        convolution = nn.Conv2d(in_channels, 4 * out_channels, kernel_size=1, bias=False)
+        shuffle = nn.PixelShuffle(2)  # (B, 4C, H/2, W/2) -> (B, C, H, W)
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(in_channels, 4 * out_channels, kernel_size=1, bias=False),
-            nn.BatchNorm2d(4 * out_channels),
-            nn.PixelShuffle(2),  # (B, 4C, H/2, W/2) -> (B, C, H, W)
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
+        self.block = nn.Sequential(convolution, nn.BatchNorm2d(4 * out_channels), shuffle, nn.ReLU(inplace=True))
 
 
 class UNetDecoder(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.encoders.weights import fit_state, read_state
+from models.encoders.weights import IMAGENET, fit_state, read_state
 
 
 class TimmEncoder(nn.Module):
@@ -26,47 +26,42 @@ class TimmEncoder(nn.Module):
             ) from None
         self.network.train()
         info = self.network.feature_info
-        self.channels = {s: c for s, c in zip(info.reduction(), info.channels(), strict=True) if s > 1}
-        self.taken = [i for i, stride in enumerate(info.reduction()) if stride > 1]
-        self.is_channels_last = getattr(self.network, "output_fmt", None) in ("NHWC",)
+        self.strides, self.is_channels_last = info.reduction(), getattr(self.network, "output_fmt", None) == "NHWC"
+        self.channels = {s: c for s, c in zip(self.strides, info.channels(), strict=True) if s > 1}
         pretrained = timm.get_pretrained_cfg(name)
-        self.mean = tuple(pretrained.mean) if pretrained else (0.485, 0.456, 0.406)
-        self.std = tuple(pretrained.std) if pretrained else (0.229, 0.224, 0.225)
+        self.mean, self.std = (pretrained.mean, pretrained.std) if pretrained else IMAGENET
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Shape: (B, 3, H, W) normalised -> maps (B, channels[s], H / s, W / s), one a stride s, finest first."""
-        maps = self.network(images)
-        maps = [maps[i] for i in self.taken]
+        maps = [x for x, stride in zip(self.network(images), self.strides, strict=True) if stride > 1]
         return [x.permute(0, 3, 1, 2) for x in maps] if self.is_channels_last else maps
 
     def load_pretrained(self) -> None:
         """Loads timm's own default weights. Raises: RuntimeError that says what to do when they cannot be had."""
         try:
-            whole = import_timm().create_model(self.name, pretrained=True)
+            state = import_timm().create_model(self.name, pretrained=True).state_dict()
         except Exception as error:  # whatever the hub raises
             raise RuntimeError(
                 f"the weights of timm:{self.name} cannot be had ({str(error).splitlines()[0]}). Fetch them on another "
                 "machine and name the file as encoder_weights with pretrained false, or train from scratch"
             ) from None
-        self._take(whole.state_dict())
+        self._take(state)
 
     def load_file(self, path) -> list[str]:
         """Loads a state dict of the whole timm network; returns the keys that were left over.
 
         Raises: RuntimeError that names the file and what does not fit.
         """
-        whole = import_timm().create_model(self.name, pretrained=False)
-        state, left_over = fit_state(read_state(path), whole, str(path), head=tuple(_heads(whole)))
-        whole.load_state_dict(state, strict=False)
-        self._take(whole.state_dict())
+        without_classifier = import_timm().create_model(self.name, num_classes=0)
+        state, left_over = fit_state(read_state(path), without_classifier, str(path))
+        self._take(state)
         return left_over
 
     def _take(self, state: dict[str, Tensor]) -> None:
         """timm itself maps names of the whole network to those of its feature extractor."""
         overlay = {"state_dict": state, "url": "", "hf_hub_id": None, "file": ""}
-        self.network.load_state_dict(
-            create_maps(self.name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
-        )
+        loaded = create_maps(self.name, pretrained=True, pretrained_cfg_overlay=overlay)
+        self.network.load_state_dict(loaded.state_dict())
 
 
 def create_maps(name: str, **options) -> nn.Module:
@@ -75,12 +70,6 @@ def create_maps(name: str, **options) -> nn.Module:
         return import_timm().create_model(name, features_only=True, strict_img_size=False, **options)
     except TypeError:  # most know no such option
         return import_timm().create_model(name, features_only=True, **options)
-
-
-def _heads(network: nn.Module) -> list[str]:
-    classifier = network.pretrained_cfg.get("classifier", "classifier") if hasattr(network, "pretrained_cfg") else ""
-    names = [classifier] if isinstance(classifier, str) else [*classifier]
-    return [f"{name}." for name in names if name]
 
 
 def import_timm():

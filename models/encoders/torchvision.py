@@ -13,7 +13,6 @@ from models.encoders.weights import fit_state, read_state
 HEADS = ("norm", "permute", "avgpool", "flatten", "classifier", "fc", "head", "heads")
 CONTAINERS = ("features", "layers", "trunk_output")  # their children are steps of their own
 DO_NOT_FIT = ("alexnet", "googlenet", "inception", "maxvit", "squeezenet", "vit")  # maps at other sizes, or none
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def names() -> list[str]:
@@ -61,28 +60,22 @@ class TorchvisionEncoder(nn.Module):
             container, _, child = step.rpartition(".")
             delattr(self.get_submodule(container), child)
         self.taken, self.channels = self._find_maps()
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        self.weights = weights
-        transforms = weights.transforms()
+        self.weights = torchvision.models.get_model_weights(name).DEFAULT
+        transforms = self.weights.transforms()
         self.mean, self.std = tuple(transforms.mean), tuple(transforms.std)
 
     def _find_maps(self) -> tuple[tuple[str, ...], dict[int, int]]:
         """The steps whose outputs are maps, and stride -> channels, found by sending a small photo through."""
         side, last, channels = 64, {}, {}
-        was_training, device = self.training, next(self.parameters()).device
-        x = torch.zeros(1, 3, side, side, device=device)
+        x = torch.zeros(1, 3, side, side)
         with torch.no_grad():
             self.eval()
             for step in self.steps:
                 x = self.get_submodule(step)(x)
                 shape = x.movedim(-1, 1).shape if self.is_channels_last else x.shape
                 stride = side // shape[2]
-                if side % shape[2] or shape[2] != shape[3]:
-                    raise ValueError(
-                        f"encoder {self.name!r} does not fit: {step} makes a map of {shape[2]} from {side}"
-                    )
                 last[stride], channels[stride] = step, shape[1]
-        self.train(was_training)
+        self.train()
         strides = [stride for stride in sorted(last) if stride > 1]
         return tuple(last[stride] for stride in strides), {stride: channels[stride] for stride in strides}
 

@@ -1,12 +1,14 @@
 """State dicts of encoders as people have them: wrapped, prefixed, with or without counters and classifier."""
 
+import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, where weights name no others
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 PREFIXES = ("module.", "model.", "encoder.", "backbone.", "network.", "_orig_mod.")
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")  # names of torchvision's own files
@@ -19,10 +21,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise RuntimeError(f"{path}: no such file of encoder weights")
-    if str(path).endswith(".safetensors"):
-        return _read_safetensors(path)
     try:
+        if str(path).endswith(".safetensors"):
+            return importlib.import_module("safetensors.torch").load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise RuntimeError(f"{path}: needs the package safetensors; install it: pip install safetensors") from None
     except Exception as error:  # a damaged or foreign file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(f"{path}: not a state dict that can be loaded safely ({reason})") from None
@@ -33,13 +37,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def fit_state(
-    state: Mapping[str, Tensor], network: nn.Module, source: str, head: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], list[str]]:
+def fit_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors that a network needs, and the keys that are left over, such as those of a classifier.
 
     A prefix that all the network's keys have in the file is taken away. Counters of batch normalisation, which older
-    files lack, stay as they are; keys that start with one of `head` may be missing.
+    files lack, stay as they are.
 
     Raises: RuntimeError for a tensor that is missing or of another shape.
     """
@@ -47,9 +49,8 @@ def fit_state(
     renamed = {OLD_DENSENET.sub(r"\1\2.", key): key for key in state}
     prefix = _prefix(renamed, own)
     given = {key: state[renamed[prefix + key]] for key in own if prefix + key in renamed}
-    optional = {key for key in own if key.endswith("num_batches_tracked") or key.startswith(tuple(head))}
-    missing = [key for key in own if key not in given and key not in optional]
-    wrong = [key for key in given if given[key].shape != own[key].shape and key not in optional]
+    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in given if given[key].shape != own[key].shape]
     if missing or wrong:
         first = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(given[wrong[0]].shape)}"
         raise RuntimeError(
@@ -58,8 +59,7 @@ def fit_state(
             "network that `encoder` names"
         )
     used = {renamed[prefix + key] for key in given}
-    fitting = {key: value for key, value in given.items() if value.shape == own[key].shape}
-    return dict(own) | fitting, [key for key in state if key not in used]
+    return own | given, [key for key in state if key not in used]
 
 
 def _prefix(keys: Mapping[str, str], own: Mapping[str, Tensor]) -> str:
@@ -69,14 +69,3 @@ def _prefix(keys: Mapping[str, str], own: Mapping[str, Tensor]) -> str:
         grown = [c + p for c in grown for p in PREFIXES if any(key.startswith(c + p) for key in keys)]
         chains += grown
     return max(chains, key=lambda chain: sum(chain + key in keys for key in own))
-
-
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise RuntimeError(f"{path}: needs the package safetensors; install it: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except Exception as error:  # a damaged file
-        raise RuntimeError(f"{path}: not a safetensors file ({error})") from None
