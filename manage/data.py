@@ -95,9 +95,11 @@ class ValLoader:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Sample]:
-        for sample in self.photos.read(self.indices):
-            image, labels = to_device([sample.image, sample.labels], self.device)
-            yield sample._replace(image=image.contiguous(), labels=labels)
+        return map(self._on_device, self.photos.read(self.indices))  # a loop here would hold what was read
+
+    def _on_device(self, sample: Sample) -> Sample:
+        image, labels = to_device([sample.image, sample.labels], self.device)
+        return sample._replace(image=image.contiguous(), labels=labels)
 
 
 def _photos(config: Config, hierarchy: Hierarchy, ids: list[str], threads: int, **how) -> Photos:

@@ -108,7 +108,8 @@ class Scorer:
 
     def _count(self, sample: Sample, bands: Rows) -> Scored:
         leaves, before = torch.empty_like(sample.labels), self.meters[0].violations.clone()
-        matrices, maps = [0] * len(self.meters), report.MapSampler(sample.labels) if self.with_maps else None
+        matrices, n_nodes = [0] * len(self.meters), self.hierarchy.num_nodes
+        maps = report.MapSampler(sample.labels, n_nodes) if self.with_maps else None
         for rows, logits in bands:
             labels = sample.labels[None, rows]
             for i, (decoding, meter) in enumerate(zip(self.decodings, self.meters, strict=True)):

@@ -23,7 +23,7 @@ from utils.errors import UserError, is_out_of_memory
 WHOLE = 1024 * 2048  # pixels that go through at once
 LAUNCHING = ("cuda",)  # devices on which small photos, one by one, would wait for launches
 TILE, SMALLEST_TILE = 768, 256
-BAND = 2**23  # logits in a band of rows; decoding takes four times as much
+BAND = 2**22  # logits in a band of rows; decoding takes four times as much
 EXACT = 2**27  # logits of one photo that are kept in float32 (half a GiB); of a larger one they are kept in float16
 SCALES = {"off": (1.0,), "flip": (1.0,), "full": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
 

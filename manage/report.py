@@ -49,24 +49,26 @@ class MapSampler:
     Scores lie on every other row and column of the maps' grid, so that a score is of a pixel that the maps show.
     """
 
-    def __init__(self, labels: Tensor) -> None:
-        self.labels, self.scores = labels, []
+    def __init__(self, labels: Tensor, n_nodes: int) -> None:
+        self.labels = labels
         self.rows, self.columns = (
-            ((torch.arange(count) + 0.5) * size / count).long()
+            ((torch.arange(count) + 0.5) * size / count).long().to(labels.device)
             for size, count in zip(labels.shape, shown_size(labels.shape), strict=True)
         )
+        size = n_nodes, len(self.rows[::2]), len(self.columns[::2])
+        self.scores = torch.empty(size, dtype=torch.uint8, device=labels.device)
 
     def add(self, band: slice, logits: Tensor) -> None:
         """Shape: (N, rows, W), the rows `band` of the photo."""
         rows = self.rows[::2]
-        seen = rows[(rows >= band.start) & (rows < band.stop)] - band.start
-        sampled = _cut(logits, seen, self.columns[::2]).float().sigmoid() * 256
-        self.scores.append(sampled.clamp_(max=255).to(torch.uint8).cpu().numpy())
+        seen = ((rows >= band.start) & (rows < band.stop)).nonzero().flatten()
+        sampled = _cut(logits, rows[seen] - band.start, self.columns[::2]).float().sigmoid() * 256
+        self.scores[:, seen] = sampled.clamp_(max=255).to(torch.uint8)
 
     def maps(self, leaves: Tensor) -> SmallMaps:
         """Shape: (H, W), once all bands were added."""
-        both = (_cut(labels, self.rows, self.columns).to(torch.uint8).cpu().numpy() for labels in (self.labels, leaves))
-        return SmallMaps(*both, np.concatenate(self.scores, axis=1))
+        both = (_cut(labels, self.rows, self.columns).to(torch.uint8) for labels in (self.labels, leaves))
+        return SmallMaps(*(values.cpu().numpy() for values in (*both, self.scores)))
 
 
 def shown_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -76,7 +78,7 @@ def shown_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _cut(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return values.index_select(-2, rows.to(values.device)).index_select(-1, columns.to(values.device))
+    return values.index_select(-2, rows).index_select(-1, columns)
 
 
 def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps) -> None:

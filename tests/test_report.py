@@ -44,7 +44,7 @@ def draw(i: int, h: Hierarchy) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sampled(labels: torch.Tensor, leaves: torch.Tensor, logits: torch.Tensor, band: int = 7) -> report.SmallMaps:
     """What the page shows, from bands of a few rows."""
-    sampler = report.MapSampler(labels)
+    sampler = report.MapSampler(labels, len(logits))
     for start in range(0, len(labels), band):
         sampler.add(slice(start, min(start + band, len(labels))), logits[:, start : start + band])
     return sampler.maps(leaves)
