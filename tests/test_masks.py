@@ -74,7 +74,6 @@ def test_a_split_depends_on_the_seed_and_not_on_the_order():
     ("text", "expected"),
     [
         ("0: bg\n1 head\n2,Torso\n", {"0": "background", "1": "head", "2": "torso"}),
-        ("background\r\nhead\r\n\r\ntorso", {"0": "background", "1": "head", "2": "torso"}),
         ("head: 24, torso: 25 26", {"24": "head", "25": "torso", "26": "torso"}),
         ("# mine\n24: head\nhead: 025\nvoid: *", {"24": "head", "25": "head", "*": "void"}),
         ("Traffic Light: #DC143C, 3\nunlabelled = 0", {"#dc143c": "traffic_light", "3": "traffic_light", "0": "void"}),

@@ -83,7 +83,7 @@ def test_later_parts_paint_over_earlier_ones_and_other_objects_paint_background(
     assert (label_map(out, OFFICIAL_TRAIN) == np.tile([4, 2, 2, 0, 0, 2, 6, 6, 6, 6, 0, 0], (HEIGHT, 1))).all()
     assert (label_map(out, OFFICIAL_VAL) == [3, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]).all()
     assert [read_ids(out / f"{name}_id.txt") for name in ("train", "val")] == [[OFFICIAL_TRAIN], [OFFICIAL_VAL]]
-    assert json.loads((out / "dataset.json").read_text())["split"] == {"train": 1, "val": 1, "other": 1}
+    assert json.loads((out / "dataset.json").read_text())["split"] == {"train": 1, "val": 1}
     photo_made, origin = (folder / f"{OFFICIAL_VAL}.jpg" for folder in (out / "JPEGImages", photos))
     assert photo_made.read_bytes() == origin.read_bytes()
 
@@ -150,6 +150,6 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_is_left_or_lost(tmp_path
     with pytest.raises(UserError, match=r"out: .* not empty; .*--out"):
         run(own)
     assert (out / "mine").exists()
-    monkeypatch.setattr(tool, "loadmat", None)
+    monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements-tools\.txt"):
         run(own)

@@ -89,10 +89,7 @@ def main() -> None:
     """Checks, encodes and says what there is."""
     args, config = read_arguments()
     if not args.gtdatadir.is_dir():
-        raise UserError(
-            f"the folder of masks {args.gtdatadir} does not exist. Give it with --gtdatadir or --cfg, or draw "
-            "sample data: python tools/make_sample_data.py"
-        )
+        raise UserError(f"the folder of masks {args.gtdatadir} does not exist; name it by --gtdatadir or --cfg")
     save_dir = args.save_dir.resolve()
     if {args.gtdatadir.resolve(), config.images_dir.resolve()} & {save_dir, *save_dir.parents}:
         raise UserError(f"--save_dir {args.save_dir} is where the masks or photos are; choose another folder")

@@ -41,10 +41,7 @@ Node = tuple[str, str | None, int | None]  # name, parent, value
 
 def read_list(path: Path) -> list[Node]:
     """The classes in the order of the file. Raises: UserError naming the line."""
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected a list of classes, one a line") from None
+    lines = read_text(path, "the list of classes").splitlines()
     if path.suffix.lower() != ".csv":
         return indented(lines, path)
     rows = [(row["name"], row["parent"]) for row in csv.DictReader(lines) if {"name", "parent"} <= row.keys()]

@@ -14,16 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import importlib.util
 import shutil
 from collections import Counter
 from typing import Any
 
 import numpy as np
-
-try:
-    from scipy.io import loadmat
-except ImportError:  # nothing else needs it
-    loadmat = None
 
 from utils.cli import map_files, run_main
 from utils.errors import UserError
@@ -54,7 +50,7 @@ def main() -> int:
     parser.add_argument("source", type=Path, help=f"folder with {ANNOTATIONS} and {PHOTOS} below it")
     parser.add_argument("--out", type=Path, required=True, help="new folder to write, e.g. data/pascal_part")
     args = parser.parse_args()
-    if loadmat is None:
+    if importlib.util.find_spec("scipy") is None:
         raise UserError("scipy reads the raw annotations; install it with: pip install -r requirements-tools.txt")
     with whole_folder(args.out) as folder:
         record = prepare(find_folder(args.source, ANNOTATIONS), PhotoFolder(find_folder(args.source, PHOTOS)), folder)
@@ -98,7 +94,7 @@ def prepare(annotations: Path, photos: PhotoFolder, folder: Path) -> dict[str, A
     write_whole("".join(f"{leaf}: {h.names[leaf]}\n" for leaf in h.leaves), folder / "classes.txt")
     record = {
         "source": {"annotations": str(annotations), "photos": str(photos.folder)},
-        "split": {name: len(ids) for name, ids in split.items()} | {"other": len(done) - sum(map(len, split.values()))},
+        "split": {name: len(ids) for name, ids in split.items()},
         "left_out": Counter(outcome for outcome in outcomes if outcome in LEFT_OUT),
         "problems": problems,
     }
@@ -131,6 +127,8 @@ def read_things(path: Path) -> list[tuple[bool, list[tuple[str, np.ndarray]]]]:
 
     Raises: UserError for a damaged file, or one that is not as Pascal-Part has them.
     """
+    from scipy.io import loadmat  # nothing else needs it
+
     try:
         anno = loadmat(path, struct_as_record=False, squeeze_me=True, variable_names=["anno"])["anno"]
         # loadmat squeezes: one struct stands alone, none is an empty array, several are an array

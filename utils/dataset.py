@@ -46,9 +46,7 @@ class Files(NamedTuple):
 def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path, tolerate: int = 0) -> list[Files]:
     """The files of every id, so that a missing one is named before training, not in the middle of it.
 
-    So many are tolerated that lack one: reading them fails, and is counted there.
-
-    Raises: UserError with the missing ids.
+    So many are tolerated that lack one: reading them fails, and is counted there. Raises: UserError.
     """
     photos, files, missing = PhotoFolder(images_dir), [], []
     for sample_id in ids:
@@ -61,9 +59,8 @@ def find_samples(ids: Sequence[str], images_dir: Path, labels_dir: Path, tolerat
         files.append(Files(photo, labels))
     if len(missing) > tolerate:
         raise UserError(
-            f"{len(missing)} of {len(ids)} ids lack a photo or a label map:\n  "
-            + "\n  ".join(missing[:5] + ["..."] * (len(missing) > 5))
-            + "\nCheck root_data_dir and the id lists, and run tools/dataset_hie_enc.py"
+            f"{len(missing)} of {len(ids)} ids lack a photo or a label map (the first: {missing[0]}); check "
+            "root_data_dir and the id lists, and run tools/dataset_hie_enc.py"
         )
     return files
 
@@ -129,10 +126,8 @@ class Photos:
             )
         strange = (labels >= self.n_labels) & (labels != self.void)
         if strange.any():
-            raise UserError(
-                f"{files.labels}: label {labels[strange][0]} is unknown; expected 0 to {self.n_labels - 1}, or "
-                f"{self.void} for void. The map has changed since it was encoded: encode it again"
-            )
+            unknown = f"{files.labels}: label {labels[strange][0]} is unknown"
+            raise UserError(f"{unknown}; the map has changed since it was encoded: encode it again")
         return photo, labels
 
     def size(self) -> float:

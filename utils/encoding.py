@@ -95,9 +95,8 @@ def check_encoded(
         first = (skipped or unknown)[0]
         raise UserError(
             f"{source}: {len(unknown)} of {len(ids)} ids have no label map in {encoding.folder} (the first: {first}; "
-            f"when it was encoded, {encoding.skipped.get(first, 'it had no mask')}). Mend their masks and encode "
-            "again: python tools/dataset_hie_enc.py (with the --cfg of this experiment); or take the ids from the "
-            "list; or, where --skip-faulty left them out, let skip_unreadable allow as many"
+            f"when it was encoded, {encoding.skipped.get(first, 'it had no mask')}). Mend the masks and {AGAIN}; or "
+            "take the ids from the list; or, where --skip-faulty left them out, let skip_unreadable allow as many"
         )
     if not encoding.masks_dir.is_dir():
         return

@@ -12,8 +12,6 @@ from typing import Any
 
 from utils.errors import UserError
 
-UNFINISHED = ".*.part"  # what a killed process may leave of `write_whole`
-
 
 def write_whole(data: bytes | str, path: str | Path, previous: Path | None = None, sync: bool = True) -> None:
     """Writes beside, flushes to disk, renames: at every moment `path` is the old file or the new one, never half.
@@ -47,8 +45,8 @@ def write_whole(data: bytes | str, path: str | Path, previous: Path | None = Non
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes had begun to write; call it while no other process writes there."""
-    for path in folder.glob(UNFINISHED):
+    """Removes what killed processes left of `write_whole`; call it while no other process writes there."""
+    for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)
 
 

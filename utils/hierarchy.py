@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.tree_file import checked_nodes, is_int, is_text
 
-TAKEN_FOLDERS = ("overlay", "report", "scores")  # beside those of the levels
+NO_FOLDER = re.compile(r"^\.|[/\\:]|^(overlay|report|scores)$", re.IGNORECASE)  # each level has one, beside others
 MAX_LABEL = 65535  # a mask is a PNG of 8 or 16 bits
 _RIGHT = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
 _SIDES = re.compile(r"left|Left|LEFT|(?<![A-Za-z])[lL](?![A-Za-z])")
@@ -83,10 +83,6 @@ class Hierarchy:
         """SHA-256 of ids, names, parents and leaves: equal when weights and masks are interchangeable."""
         canonical = [[v, self.names[v], self.parents[v], v in self.leaves] for v in range(self.num_nodes)]
         return hashlib.sha256(json.dumps(canonical, ensure_ascii=True).encode()).hexdigest()
-
-    def __repr__(self) -> str:
-        counts = f"{self.num_nodes} nodes, {self.num_leaves} leaves, {self.num_levels} levels"
-        return f"Hierarchy({self.name!r}, {counts})"
 
     # ---- labels --------------------------------------------------------------------------------------------
 
@@ -148,9 +144,7 @@ class Hierarchy:
 
     def edge_index(self, device: torch.device | str) -> Tensor:
         """Row 0 the parents, row 1 the children, in the order of `edges`. Shape: (2, E) int64."""
-        return self.cached(
-            "edge_index", device, torch.int64, lambda: torch.tensor(self.edges).view(-1, 2).t().contiguous()
-        )
+        return self.cached("edge_index", device, torch.int64, lambda: torch.tensor(self.edges).view(-1, 2).t())
 
     def cached(
         self, key: Hashable, device: torch.device | str, dtype: torch.dtype, make: Callable[[], Tensor]
@@ -220,14 +214,12 @@ class Hierarchy:
                 f"{source}: 'ignore_index' is {self.ignore_index!r}; it must be an integer from {self.num_nodes} "
                 f"(the number of nodes) to {MAX_LABEL}, usually 255"
             )
-        odd = [
-            n for n in self.level_names if not is_text(n) or re.search(r"^\.|[/\\:]", n) or n.lower() in TAKEN_FOLDERS
-        ]
-        if odd or not len(self.level_names) == len(set(self.level_names)) == self.num_levels:
+        is_odd = any(not is_text(name) or NO_FOLDER.search(name) for name in self.level_names)
+        if is_odd or not len(self.level_names) == len(set(self.level_names)) == self.num_levels:
             raise UserError(
                 f"{source}: 'levels' is {list(self.level_names)}; the tree is {self.num_levels} levels deep, so give "
                 f"{self.num_levels} different names, the leaves' level first. They name folders: without / \\ : or a "
-                f"first dot, and none of {', '.join(TAKEN_FOLDERS)}"
+                "first dot, and none of overlay, report, scores"
             )
         for what, values in (("name", self.names), ("colour", self.colours)):
             for v, value in enumerate(values):
@@ -237,9 +229,7 @@ class Hierarchy:
                         f"({self.names[first]}); give it another"
                     )
         for v in sorted(self.background - ({*self.roots} & {*self.leaves})):
-            raise UserError(
-                f"{source}: node {v} ({self.names[v]}) is marked as background; only a root without children can be"
-            )
+            raise UserError(f"{source}: node {v} ({self.names[v]}) is background; only a root without children can be")
 
     # ---- sides: two nodes that swap in a mirrored photo ------------------------------------------------------
 
@@ -252,10 +242,8 @@ class Hierarchy:
         for v, name in self.mirrors.items():
             named = self.names.index(name) if name in self.names else None
             if named is None or self.mirrors.get(named) != self.names[v]:
-                raise UserError(
-                    f"{source}: node {v} ({self.names[v]}) names the mirror {name!r}, which is no node that names it "
-                    "back"
-                )
+                where = f"{source}: node {v} ({self.names[v]})"
+                raise UserError(f"{where} names the mirror {name!r}, which is no node that names it back")
             table[v] = named
         for v, w in enumerate(table):
             if self.parents[w] != (None if self.parents[v] is None else table[self.parents[v]]):

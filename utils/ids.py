@@ -20,12 +20,8 @@ def read_ids(path: str | Path) -> list[str]:
 
     Raises: UserError naming the file and the line of an id that is repeated or that is no plain file name.
     """
-    try:
-        text = read_text(path)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"the id file {path} cannot be read as text: {error}; expected one id a line, UTF-8") from error
     line_of: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path, "the id file").split("\n"), start=1):
         sample_id = same_form(line.strip())
         if sample_id in line_of:
             raise UserError(f"{path}, line {number}: id {sample_id!r} is already on line {line_of[sample_id]}")
@@ -47,10 +43,13 @@ def write_ids(ids: Iterable[str], path: str | Path) -> None:
     write_whole("".join(f"{sample_id}\n" for sample_id in ids), path)
 
 
-def read_text(path: str | Path) -> str:
-    """A text that people wrote: UTF-8, or UTF-16 as Windows writes it. Raises: OSError, UnicodeError."""
-    data = Path(path).read_bytes()
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+def read_text(path: str | Path, what: str) -> str:
+    """A text that people wrote: UTF-8, or UTF-16 as Windows writes it. Raises: UserError."""
+    try:
+        data = Path(path).read_bytes()
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{what} {path} cannot be read as text: {error}; expected UTF-8") from error
 
 
 def same_form(name: str) -> str:

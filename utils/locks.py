@@ -35,12 +35,10 @@ class Lock:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.folder} is in use by {who}; wait for it, stop it, or choose another name") from None
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            raise
         except OSError as error:
-            if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-                raise
-            raise UserError(
-                f"{self.folder}: cannot be locked ({error.strerror}); use a disk that knows locks"
-            ) from None
+            raise UserError(f"{self.folder}: cannot be locked ({error.strerror}); use another disk") from None
         if owner:
             print(f"the lock of {who} is taken over")
         now = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -47,30 +47,23 @@ def find_masks(masks_dir: Path, photos: PhotoFolder) -> dict[str, list[Path]]:
 def read_classes(path: str | Path, names: Sequence[str]) -> dict[str, str]:
     """Value ("24"), colour ("#dc143c") or "*" (all others) -> name in the tree (`names`), or "void".
 
-    A line is `24: person`, or `person: 24, 25, #dc143c` (several values for one class, several classes a line); or
-    all lines are plain names that count from 0.
+    A line is `24: person`, or `person: 24, 25, #dc143c` (several values for one class, several classes a line).
 
-    Raises: UserError naming the line that has no known name, or repeats a value.
+    Raises: UserError naming the line that has no value or no known name, or repeats a value.
     """
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}") from error
-    found = [(line, *each) for line in lines if line and line[0] != "#" for each in classes_of(line)]
-    if not found:
-        raise UserError(f"{path} is empty; expected lines such as '0: background'")
-    if not any(values for *_, values in found):
-        found = [(line, text, [str(i)]) for i, (line, text, _) in enumerate(found)]
     order: dict[str, str] = {}
-    for line, text, values in found:
-        name = _name_in_tree(text, names, f"{path}: {line!r}")
-        if not values:
-            raise UserError(f"{path}: {line!r} has no value, other lines have; write every line as 'value: name'")
-        for value in values:
-            value = str(int(value)) if value.isdigit() else value.lower()
-            if value in order or (value.isdigit() and int(value) > LARGEST):
-                raise UserError(f"{path}: {line!r} repeats a value, or it is above {LARGEST}")
-            order[value] = name
+    for line in filter(None, map(str.strip, read_text(path, "the class list").splitlines())):
+        for text, values in classes_of(line) if line[0] != "#" else ():
+            name = _name_in_tree(text, names, f"{path}: {line!r}")
+            for value in values:
+                value = str(int(value)) if value.isdigit() else value.lower()
+                if value in order or (value.isdigit() and int(value) > LARGEST):
+                    raise UserError(f"{path}: {line!r} repeats a value, or it is above {LARGEST}")
+                order[value] = name
+            if not values:
+                raise UserError(f"{path}: {line!r} has no value; write every line as 'name: value'")
+    if not order:
+        raise UserError(f"{path} is empty; expected lines such as 'background: 0'")
     return order
 
 
