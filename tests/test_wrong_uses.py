@@ -112,7 +112,7 @@ def test_an_id_that_the_encoding_does_not_list_is_refused_though_there_is_a_labe
         shutil.copy(data / name.format("p00"), data / name.format("stale"))
     with open(data / "val_id.txt", "a") as ids:
         ids.write("stale\n")
-    refused(train(keys), "val_id.txt: 1 of ", "first: stale", "gt_masks_hie", "encode again", "dataset_hie_enc")
+    refused(train(keys), "val_id.txt: 1 of ", "first: stale", "gt_masks_hie", "dataset_hie_enc")
     assert train(keys, n_val_photos=2)() == 0, "it is not among the first"
     refused(evaluate(keys, "last"), "val_id.txt: 1 of ", "first: stale")
 
