@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import models.hseg
+from tests.factory import REPO, SlimEncoder
 from tools.make_sample_data import Settings, make_data_set
 from utils.encoder import Encoder
 from utils.hierarchy import Hierarchy
 
-REPO = Path(__file__).resolve().parents[1]
 SAMPLE = Settings(train=6, val=4, size=64, seed=0)
 
 
@@ -37,6 +38,12 @@ def sample_data(tmp_path_factory, tree) -> Path:
     make_data_set(SAMPLE, folder)
     Encoder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", tree).run()
     return folder
+
+
+@pytest.fixture
+def slim(monkeypatch) -> None:
+    """Every network that is built has a slim encoder."""
+    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
 
 
 @pytest.fixture(scope="module")

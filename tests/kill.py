@@ -21,11 +21,11 @@ def kill_at(event: str, pattern: str, number: int = 1) -> None:
     _at(event, pattern, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def fail_at(event: str, pattern: str, number: int = 1) -> None:
-    """From here on the `number`-th such event finds the disk full."""
+def fail_at(event: str, pattern: str, number: int = 1, fault: int = errno.ENOSPC) -> None:
+    """From here on the `number`-th such event fails: the disk is full, or what else `fault` says."""
 
     def fail() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(fault, os.strerror(fault))
 
     _at(event, pattern, number, fail)
 

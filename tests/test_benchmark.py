@@ -3,12 +3,10 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import models.hseg
 from configs.config import Config
 from docs.figures.gpu_plan import CARDS, Counter, count_step, plan_table
 from manage.network import build_network, load_hierarchy
 from tests.factory import make_data, write_config
-from tests.preloaded import SlimEncoder
 from tools import benchmark
 
 
@@ -28,8 +26,7 @@ def test_an_operation_counts_what_it_reads_and_writes_and_a_view_nothing() -> No
     assert counter.seconds(peak=20, bandwidth=5) == 2 + 2  # the slower of moving and computing
 
 
-def test_a_step_has_the_flops_of_network_and_backward(monkeypatch) -> None:
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+def test_a_step_has_the_flops_of_network_and_backward(slim) -> None:
     config = Config(crop_size=32, batch_size=2, pretrained=False)
     network = build_network(config, load_hierarchy(config))
     with FlopCounterMode(display=False) as flops:
@@ -38,8 +35,7 @@ def test_a_step_has_the_flops_of_network_and_backward(monkeypatch) -> None:
     assert all(card in plan_table(config) for card in CARDS)
 
 
-def test_the_benchmark_runs_on_the_data_of_a_config(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+def test_the_benchmark_runs_on_the_data_of_a_config(slim, tmp_path, monkeypatch, capsys) -> None:
     cfg = write_config(tmp_path, make_data(tmp_path / "data"))
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--cfg", str(cfg), "--rounds", "1"])
     benchmark.main()

@@ -203,7 +203,7 @@ def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(fol
     write_mask(folder, "a", changed["a"])
     np.save(folder / "gt_masks" / "b.npy", changed["b"])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+    context.set_forkserver_preload(["tests.factory"])
     process = context.Process(target=encode_and_die, args=(folder, tree.to_dict(), event, pattern))
     process.start()
     process.join(120)

@@ -28,8 +28,7 @@ from configs.config import load_config
 from manage.checkpoint import load_checkpoint, pack
 from manage.network import restore_network
 from manage.train_manager import TrainManager
-from tests.factory import TREE, make_data, write_config
-from tests.preloaded import SlimEncoder
+from tests.factory import TREE, SlimEncoder, make_data, write_config
 from utils.dataset import Files, Photos, find_samples
 from utils.decode import DECODERS
 from utils.encoder import Encoder

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torchvision
 
-import models.hseg
 from configs.config import Config
 from manage.checkpoint import load_checkpoint
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
@@ -16,7 +15,6 @@ from manage.predictor import Predictor
 from manage.train_manager import TrainManager
 from manage.training_report import what_tells_apart
 from tests.factory import TINY, curves, make_data, records, run, write_config
-from tests.preloaded import SlimEncoder
 from utils.errors import UserError
 
 
@@ -40,14 +38,12 @@ def test_trainings_of_one_config_end_with_the_same_bits_and_those_of_another_see
         momentum = {i: values["momentum_buffer"] for i, values in last["optimizer"]["state"].items()}
         bits = {key: tensor.numpy().tobytes() for key, tensor in (last["model"] | momentum).items()}
         found.append((bits, curves(tmp_path, name)["loss"], records(tmp_path, name)))
-        folder = tmp_path / "experiments" / name
-        assert last["config"] == json.loads((folder / "configs" / f"{name}.json").read_text())
     one, again, other = found
     assert one == again
     assert len(one[1]) == 8, "the loss of every step"
     equal = [key for key in one[0] if one[0][key] == other[0][key]]
     assert all(str(key).endswith("num_batches_tracked") or str(key).startswith("input_") for key in equal), equal
-    (start,) = json.loads((folder / "environment.json").read_text())
+    (start,) = json.loads((tmp_path / "experiments" / name / "environment.json").read_text())
     assert {"commit", "command", "host", "hardware", "threads", "python", "torchvision", "numpy", "pillow"} < {*start}
     assert all(start.values()), "nothing is left blank"
 
@@ -81,9 +77,8 @@ def test_start_weights_may_go_once_there_is_a_checkpoint(data, tmp_path, monkeyp
 
 # --- an end that nobody foresaw ---
 @pytest.fixture
-def manager(data, tmp_path, monkeypatch):
+def manager(slim, data, tmp_path):
     """A slim training of two epochs with two steps each, in this process."""
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
     keys = {"root_dir": str(tmp_path), "root_data_dir": str(data), "n_epochs": 2, "n_train_photos": 4}
     return lambda: TrainManager(Config(**TINY | keys))
 
@@ -131,7 +126,6 @@ def test_a_run_that_finds_background_alone_says_so_with_usual_causes(manager, ca
     assert run.run() == 0
     output = capsys.readouterr().out
     assert output.count("warning: not one pixel of a part is found, all is background. Usual causes: ") == 2
-    assert "epoch 2/2  loss_train " in output
     assert "done, best in epoch 1: mIoU1 0.0 %; all is in" in output
 
 

@@ -1,30 +1,24 @@
 """A user's mistakes: each ends in one message that says what is wrong and where, before any work is done."""
 
 import json
+import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
-import models.hseg
 from configs.config import Config
 from manage.checkpoint import load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.train_manager import TrainManager
-from tests.conftest import REPO
 from tests.factory import TINY, TREE, make_data
-from tests.preloaded import SlimEncoder
 from utils.errors import UserError
 from utils.files import write_whole
+from utils.locks import Lock
 
-
-@pytest.fixture(autouse=True)
-def slim(monkeypatch):
-    """None of these mistakes is the encoder's, so a small one stands in for the ResNet."""
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+# none of these mistakes is the encoder's, so a small one stands in for the ResNet
+pytestmark = pytest.mark.usefixtures("slim")
 
 
 @pytest.fixture
@@ -92,17 +86,17 @@ def test_a_mistake_is_refused_by_name_before_any_work(keys, tmp_path, case):
     refused(train(keys, **changes), *parts)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"batch_size": 50}, "batch_size 50 is more than this run has room for; 4 is used"),
-        ({"warmup_epochs": 1.0}, "warmup_epochs 1 is more than this run has room for; 0.5 is used"),
-        ({"val_every": 5, "save_epoch": 1}, "val_every 5 is more than this run has room for; 1 is used"),
-        ({"batch_size": 1, "freeze_batchnorm": True}, "1 epochs of 4 steps"),
-    ],
-)
-def test_a_value_that_is_too_large_is_cut_and_said(keys, capsys, changes, said):
-    assert train(keys, **changes)() == 0
+CUT = {
+    "batch_size 50 is more than this run has room for; 4 is used": {"batch_size": 50},
+    "warmup_epochs 1 is more than this run has room for; 0.5 is used": {"warmup_epochs": 1.0},
+    "val_every 5 is more than this run has room for; 1 is used": {"val_every": 5, "save_epoch": 1},
+    "1 epochs of 4 steps": {"batch_size": 1, "freeze_batchnorm": True},
+}
+
+
+@pytest.mark.parametrize("said", CUT)
+def test_a_value_that_is_too_large_is_cut_and_said(keys, capsys, said):
+    assert train(keys, **CUT[said])() == 0
     assert said in capsys.readouterr().out
 
 
@@ -127,66 +121,42 @@ def test_an_experiment_is_never_overwritten(trained, tmp_path):
     assert (aside / "models_checkpoints/last.pt").read_bytes() == before
 
 
-HOLD = """
-import sys, pathlib
-from utils.locks import Lock
-lock = Lock(pathlib.Path(sys.argv[1]))
-lock.folder.mkdir(parents=True)
-lock.take()
-print(flush=True)
-input()
-"""
-
-
-@pytest.mark.slow
-def test_a_second_process_in_an_experiment_is_refused_and_a_stale_lock_is_taken_over(keys, tmp_path, capsys):
-    command = [sys.executable, "-c", HOLD, tmp_path / "experiments/tiny"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO) as owner:
-        owner.stdout.readline()
-        refused(train(keys), f"in use by process {owner.pid} on {socket.gethostname()} since 2", "choose another")
-        owner.kill()
+def test_a_second_process_is_refused_a_stale_lock_taken_over_and_one_of_another_machine_when_told(
+    keys, tmp_path, capsys
+):
+    other = Lock(tmp_path / "experiments/tiny")
+    other.folder.mkdir(parents=True)
+    other.take()
+    refused(train(keys), f"in use by process {os.getpid()} on {socket.gethostname()} since 2", "choose another")
+    other.lock.release()  # as the kernel does for a process that was killed
     assert train(keys)() == 0
-    assert f"the lock of process {owner.pid} on" in capsys.readouterr().out
-
-
-def test_a_lock_of_another_machine_is_taken_over_when_told(keys, tmp_path, capsys):
-    signature = tmp_path / "experiments/tiny/.owner.json"
-    signature.parent.mkdir(parents=True)
-    signature.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "noon"}))
-    refused(train(keys), "was locked by process 1 on elsewhere since noon", "--take-over", "both would write")
-    assert train(keys, take_over=True)() == 0
+    assert f"the lock of process {os.getpid()} on" in capsys.readouterr().out
+    other.signature.write_text(json.dumps({"host": "elsewhere", "pid": 1, "since": "noon"}))
+    refused(train(keys, ""), "was locked by process 1 on elsewhere since noon", "--take-over", "both would write")
+    assert train(keys, "", take_over=True)() == 0
     assert "the lock of process 1 on elsewhere since noon is taken over" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_run_does_not_go_on_with_other_photos(trained, tmp_path, split):
-    path = tmp_path / "data" / f"{split}_id.txt"
-    ids = path.read_text().split()
-    path.write_text("\n".join(ids[::-1]) + "\n")
-    refused(train(trained, ""), f"{split}_id.txt", "other photos", "last.pt", "put the old ones back")
-    path.write_text("\r\n".join(ids))
-    assert train(trained, "")() == 0
-
-
-def test_a_run_does_not_go_on_with_a_changed_tree(keys, tmp_path):
+def test_a_run_does_not_go_on_with_other_photos_or_a_changed_tree(keys, tmp_path):
     path, tree = tmp_path / "tree.json", json.loads(TREE.read_text())
     path.write_text(json.dumps(tree))
     keys["hierarchy"] = str(path)
     assert train(keys)() == 0
+    ids = {split: (tmp_path / "data" / f"{split}_id.txt").read_text().split() for split in ("train", "val")}
+    for split, names in ids.items():
+        (tmp_path / "data" / f"{split}_id.txt").write_text("\n".join(names[::-1]) + "\n")
+        refused(train(keys, ""), f"{split}_id.txt", "other photos", "last.pt", "put the old ones back")
+        (tmp_path / "data" / f"{split}_id.txt").write_text("\r\n".join(names))
     tree["nodes"][1]["colour"] = [1, 2, 3]
     path.write_text(json.dumps(tree))
     assert train(keys, "")() == 0
     tree["levels"][2] = "whole"
     path.write_text(json.dumps(tree))
     refused(train(keys, ""), f"the tree {path} has other levels", "last.pt")
-
-
-def test_a_checkpoint_of_another_tree_is_refused(trained, tmp_path):
+    tree["nodes"][1]["name"] = "forearm"
     folder = tmp_path / "experiments/tiny/models_checkpoints"
-    state = load_checkpoint(folder / "last.pt")
-    state["tree"]["nodes"][1]["name"] = "forearm"
-    write_whole(pack(state), folder / "tree.pt")
-    refused(evaluate(trained, "tree"), "encoding.json", "tree")
+    write_whole(pack(load_checkpoint(folder / "last.pt") | {"tree": tree}), folder / "tree.pt")
+    refused(evaluate(keys, "tree"), "encoding.json", "tree")
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
