@@ -16,8 +16,7 @@ import models.hseg
 from configs.config import Config
 from manage.checkpoint import FORMAT, load_checkpoint
 from manage.train_manager import TrainManager
-from tests.factory import TINY, make_data
-from tests.preloaded import SlimEncoder
+from tests.factory import TINY, SlimEncoder, make_data
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -36,14 +35,12 @@ def next_losses(root: Path, resume: str | None = None, **keys) -> list[float]:
 
 
 @pytest.mark.parametrize("file", sorted(KEPT.glob("*.pt")), ids=lambda file: file.stem)
-def test_a_kept_checkpoint_is_gone_on_from_with_the_same_losses(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+def test_a_kept_checkpoint_is_gone_on_from_with_the_same_losses(slim, file, tmp_path):
     expected = json.loads(file.with_suffix(".json").read_text())
     assert next_losses(tmp_path, str(file), exp_name="new") == pytest.approx(expected, rel=1e-3)
 
 
-def test_format_1_is_a_start_for_another_run_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+def test_format_1_is_a_start_for_another_run_alone(slim, tmp_path):
     old = tmp_path / "old.pt"
     state = load_checkpoint(KEPT / f"format{FORMAT}.pt")
     del state["loss_steps"], state["ema_updates"]

@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models.hseg
 from configs.config import Config
 from manage.train_manager import TrainManager
 from tests.factory import TINY, make_data
-from tests.preloaded import SlimEncoder
 from utils.hierarchy import Hierarchy
 
 ASKS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+KEYS = (
+    {"criterion": {"tree_min": 1.0, "ce": 1.0}, "optimizer": "adamw", "ema_decay": 0.9, "grad_clip": 1.0},
+    {"criterion": "focal_tree_min", "accumulate": 2, "color_jitter": 0.3, "rotation": 10.0, "amp": "fp16"},
+)
 
 
 class Asked(TorchDispatchMode):
@@ -33,17 +36,8 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {},
-        {"criterion": {"tree_min": 1.0, "ce": 1.0}, "optimizer": "adamw", "ema_decay": 0.9, "grad_clip": 1.0},
-        {"criterion": "focal_tree_min", "accumulate": 2, "color_jitter": 0.3, "rotation": 10.0, "amp": "fp16"},
-    ],
-    ids=["plain", "averaged", "accumulated in fp16"],
-)
-def test_ten_steps_ask_for_no_value(tmp_path, monkeypatch, device, keys):
-    monkeypatch.setattr(models.hseg, "build_encoder", SlimEncoder)
+@pytest.mark.parametrize("keys", KEYS)
+def test_ten_steps_ask_for_no_value(slim, tmp_path, monkeypatch, device, keys):
     make_data(tmp_path / "data", train=24, val=1)
     places = {"root_dir": str(tmp_path), "root_data_dir": "data", "device": device, "crop_size": 64, "batch_size": 1}
     manager = TrainManager(Config(**TINY | places | keys))
@@ -61,8 +55,8 @@ def test_ten_steps_ask_for_no_value(tmp_path, monkeypatch, device, keys):
             asked.is_on = True
 
     monkeypatch.setattr(Hierarchy, "index_of", uncounted)
-    if device == "cuda":  # there a step that waits is an error
-        torch.cuda.set_sync_debug_mode("error")
+    sync = torch.cuda.set_sync_debug_mode if device == "cuda" else lambda mode: None
+    sync("error")  # on a GPU a step that waits is an error
     try:
         with asked:
             for _ in range(10):
@@ -71,8 +65,7 @@ def test_ten_steps_ask_for_no_value(tmp_path, monkeypatch, device, keys):
                 manager._read_steps()
                 manager._stop_if_asked()
     finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        sync("default")
     assert not asked.counts
     assert len(manager.late) == 4, "the last steps are still on their way"
 
