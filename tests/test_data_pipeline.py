@@ -1,6 +1,5 @@
 """What reaches the network: an order that only the seed decides, however photos are read and kept."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 from configs.config import load_config
 from manage.data import TrainLoader, ValLoader
 from manage.train_manager import TrainManager
-from tests.factory import TREE, VOID, make_data, write_config
+from tests.factory import TREE, VOID, make_data, records, write_config
 from utils.dataset import EpochBatches, Files, Photos, keep_photos
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -38,14 +37,6 @@ def loader(data, tmp_path):
     return build
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """How often each photo is decoded."""
-    counts, read = Counter(), Photos.__getitem__
-    monkeypatch.setattr(Photos, "__getitem__", lambda photos, i: (counts.update([i]), read(photos, i))[1])
-    return counts
-
-
 def assert_equal(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
@@ -57,52 +48,41 @@ def test_views_do_not_depend_on_threads_or_cache(loader, keys):
     before = torch.get_rng_state()
     reference, other = loader(num_workers=0, cache="memory"), loader(**keys)
     first = list(reference)
-    assert_equal(first, list(other))
-    assert_equal(first, list(other))
-    assert_equal(first, list(reference))
+    for again in (other, other, reference):
+        assert_equal(first, list(again))
     assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
 
-def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, reads):
-    kept, others = loader(cache="memory", num_workers=2), loader(cache="off")
-    reads.clear()  # a few were read to see what they take
+@pytest.mark.parametrize(("cache", "times"), [("memory", 1), ("off", 3)])
+def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, monkeypatch, cache, times):
+    train, counts, read = loader(cache=cache, num_workers=2), Counter(), Photos.__getitem__
+    monkeypatch.setattr(Photos, "__getitem__", lambda photos, i: (counts.update([i]), read(photos, i))[1])
     for _ in range(3):
-        list(kept)
-    assert dict(reads) == dict.fromkeys(range(8), 1)
-    reads.clear()
-    for _ in range(3):
-        list(others)
-    assert dict(reads) == dict.fromkeys(range(8), 3)
+        list(train)
+    assert dict(counts) == dict.fromkeys(range(8), times)
 
 
 @pytest.mark.slow
 def test_trainings_with_and_without_cache_end_with_the_same_bits(data, tmp_path):
     ends = []
     for cache in ("off", "memory"):
-        config = load_config(write_config(tmp_path, data, exp_name=cache, n_epochs=2, cache=cache))
-        manager = TrainManager(config)
+        manager = TrainManager(load_config(write_config(tmp_path, data, exp_name=cache, n_epochs=2, cache=cache)))
         assert manager.run() == 0
-        lines = (tmp_path / "experiments" / cache / "metrics.jsonl").read_text().splitlines()
-        ends.append((manager.learner.network.state_dict(), [json.loads(line)["loss_val"] for line in lines]))
-    (one, losses), (other, again) = ends
-    assert losses == again
-    assert all(torch.equal(one[key], other[key]) for key in one)
+        ends.append(manager.learner.network.state_dict())
+    assert [r["loss_val"] for r in records(tmp_path, "off")] == [r["loss_val"] for r in records(tmp_path, "memory")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_validation_sees_whole_photos_with_native_labels(data, tmp_path):
     config = load_config(write_config(tmp_path, data, short_side=32))
-    ids = ["p08", "p09", "p10"]
-    loader = ValLoader(config, Hierarchy.load(TREE), ids, rank=1, world=2)
-    assert len(loader) == 1
-    (sample,) = loader
+    (sample,) = ValLoader(config, Hierarchy.load(TREE), ["p08", "p09", "p10"], rank=1, world=2)
     assert sample.index == 1
     assert min(sample.image.shape[1:]) == 32
     assert sample.labels.shape == np.array(Image.open(data / "gt_masks/p09.png")).shape
 
 
 def test_each_epoch_has_another_order_and_every_photo_once():
-    batches = EpochBatches(12, 3, seed=0)
-    orders = []
+    batches, orders = EpochBatches(12, 3, seed=0), []
     for epoch in (0, 1):
         batches.start_at(epoch)
         orders.append([draw.index for batch in batches for draw in batch])
@@ -112,47 +92,33 @@ def test_each_epoch_has_another_order_and_every_photo_once():
         EpochBatches(3, 4, seed=0)
 
 
-# --- the cache ---
-def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("share", "kept"), [(0.1, []), (2.0, ["train"]), (9.0, ["train", "val"])])
+def test_auto_keeps_what_fits_train_first_and_says_so(data, tmp_path, monkeypatch, share, kept):
     config, tree = load_config(write_config(tmp_path, data)), Hierarchy.load(TREE)
     loaders = {"train": TrainLoader(config, tree), "val": ValLoader(config, tree, ["p08", "p09", "p10"])}
     splits = {name: loader.photos for name, loader in loaders.items()}
-    sizes = {name: photos.size() for name, photos in splits.items()}
-    assert sizes["train"] == sum(4 * np.prod(Image.open(data / f"JPEGImages/p0{i}.jpg").size) for i in range(8))
-    for free, kept in ((0.1, []), (2.0, ["train"]), (2 + 2 * sizes["val"] / sizes["train"], ["train", "val"])):
-        monkeypatch.setattr("utils.dataset.free_memory", lambda free=free: free * sizes["train"] + 0.1)
-        for photos in splits.values():
-            photos.keep = None
-        said = keep_photos(splits, "auto", CPU)
-        assert [name for name, photos in splits.items() if photos.keep == CPU] == kept
-        assert ("train in memory" in said) == ("train" in kept)
-        assert ("val not" in said) == ("val" not in kept)
+    size = splits["train"].size()
+    assert size == sum(4 * np.prod(Image.open(data / f"JPEGImages/p0{i}.jpg").size) for i in range(8))
+    monkeypatch.setattr("utils.dataset.free_memory", lambda: share * size + 0.1)
+    said = keep_photos(splits, "auto", CPU)
+    for name, photos in splits.items():
+        assert (photos.keep == CPU) == (f"{name} in memory" in said) == (name in kept) != (f"{name} not" in said)
+    for cache, message in (("memory", r"'cache': the train photos take .* are free"), ("device", "needs a GPU")):
+        if share < 1:
+            with pytest.raises(UserError, match=message):
+                keep_photos(splits, cache, CPU)
 
 
-@pytest.mark.parametrize(
-    ("cache", "message"), [("memory", r"'cache': the train photos take .* are free"), ("device", "needs a GPU")]
-)
-def test_a_cache_that_cannot_be_is_refused(data, tmp_path, monkeypatch, cache, message):
-    config = load_config(write_config(tmp_path, data))
-    monkeypatch.setattr("utils.dataset.free_memory", lambda: 1000)
-    with pytest.raises(UserError, match=message):
-        keep_photos({"train": TrainLoader(config, Hierarchy.load(TREE)).photos}, cache, CPU)
-
-
-# --- faults ---
 @pytest.mark.parametrize("cache", ["off", "memory"])
-def test_a_photo_that_cannot_be_read_is_all_void_and_says_why(data, tmp_path, loader, cache):
+def test_a_photo_that_cannot_be_read_is_all_void_and_says_why(tmp_path, loader, cache):
     train = loader(cache=cache)
     train.photos.files[3] = Files(tmp_path / "gone.jpg", train.photos.files[3].labels)
     for _ in range(2):
-        batches = list(train)
-        faults = {
-            int(i): fault for batch in batches for i, fault in zip(batch.index, batch.fault, strict=True) if fault
-        }
-        assert list(faults) == [3]
-        assert "gone.jpg does not exist" in faults[3]
-        seen = torch.cat([batch.labels[batch.index == 3] for batch in batches])
-        assert (seen == VOID).all()
+        seen = [told for batch in train for told in zip(batch.index, batch.fault, batch.labels, strict=True)]
+        ((index, fault, labels),) = [told for told in seen if told[1]]
+        assert index == 3
+        assert "gone.jpg does not exist" in fault
+        assert (labels == VOID).all()
 
 
 def test_labels_that_do_not_fit_their_photo_or_tree_are_named(tmp_path):

@@ -19,9 +19,6 @@ def save(path, image, **options):
     return path
 
 
-# ---- photos ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("L", ".jpg"), ("CMYK", ".jpg"), ("P", ".png"), ("RGB", ".png"), ("1", ".png")]
 )
@@ -65,15 +62,10 @@ def test_exif_orientation_gives_the_upright_picture(tmp_path, orientation, suffi
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_the_short_side_is_the_asked_one(tmp_path, suffix):
-    for size, scaled in (((500, 333), (96, 64)), ((97, 1000), (64, 660)), ((50, 60), (64, 77))):
+def test_the_short_side_is_the_asked_one_unless_the_photo_is_slim(tmp_path, suffix):
+    for size, scaled in (((500, 333), (96, 64)), ((97, 1000), (64, 660)), ((50, 60), (64, 77)), ((1, 3000), (1, 1024))):
         assert read_photo(save(tmp_path / f"a{suffix}", Image.new("RGB", size, RED)), 64).size == scaled
-
-
-def test_a_slim_photo_does_not_fill_the_memory(tmp_path):
-    assert scaled_size((3000, 1), 160) == (2560, 1)
     assert scaled_size((10, 160), 480) == (480, 7680), "1:16 is no slimmer"
-    assert read_photo(save(tmp_path / "a.png", Image.new("RGB", (1, 3000))), 160).size == (1, 2560)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", "half"])
@@ -98,9 +90,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
             read(tmp_path / "nothing.png")
         with pytest.raises(UserError, match=r"bomb\.png .*decompression bomb"):
             read(tmp_path / "bomb.png")
-
-
-# ---- label maps --------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read_again_with_its_colours(tmp_path):

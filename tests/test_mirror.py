@@ -1,8 +1,5 @@
 """In a mirrored photo a left arm is a right arm: in the tree, in training, and in test-time augmentation."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,16 +8,14 @@ from configs.config import load_config
 from manage.data import TrainLoader
 from manage.network import tree_changes
 from manage.predictor import Predictor
-from tests.factory import write_config
+from tests.factory import make_data, write_config
 from tests.reference import tree_of
 from tests.test_predict import noise, write_checkpoint
-from utils.encoder import Encoder
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
 
 NAMES = [("background", None), ("left_arm", 3), ("right_arm", 4), ("left", 5), ("right", 5), ("body", None)]
 MIRRORS = {"left_arm": "right_arm", "right_arm": "left_arm", "left": "right", "right": "left"}
-LEFT_ARM, RIGHT_ARM = 1, 2
 
 
 def tree(mirrors: dict) -> dict:
@@ -30,44 +25,23 @@ def tree(mirrors: dict) -> dict:
     return {"name": "sides", "ignore_index": 255, "levels": ["arm", "side", "body"], "nodes": nodes}
 
 
-@pytest.fixture
-def train(tmp_path):
-    """The loader of a set in which every left arm lies in the right half of the picture, always mirrored by chance."""
-    for name in ("JPEGImages", "gt_masks"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-    for i in range(8):
-        mask = np.zeros((64, 64), np.uint8)
-        mask[10:50, 5:15], mask[10:50, 50:60] = RIGHT_ARM, LEFT_ARM
-        Image.fromarray(mask).save(tmp_path / f"data/gt_masks/p{i}.png")
-        noise(64, 64).save(tmp_path / f"data/JPEGImages/p{i}.jpg")
-    for name in ("train", "val"):
-        (tmp_path / f"data/{name}_id.txt").write_text("\n".join(f"p{i}" for i in range(8)))
+def test_labels_of_a_pair_swap_in_mirrored_views_which_a_tree_that_does_not_say_so_refuses(tmp_path):
+    data, names = make_data(tmp_path / "data"), ["background", "left_arm", "right_arm", "a", "b", "c", "d"]
+    plain = tree_of([None] * 7, names, ignore_index=255)
+    paired = plain.to_dict()
+    paired["nodes"][1]["mirror"], paired["nodes"][2]["mirror"] = names[2], names[1]
 
-    def build(mirrors: dict, **keys):
-        path = tmp_path / "tree.json"
-        path.write_text(json.dumps(tree(mirrors)))
-        h, data = Hierarchy.load(path), tmp_path / "data"
-        Encoder(data / "gt_masks", data / "JPEGImages", data / "gt_masks_hie", h).run()
-        keys = {"hierarchy": str(path), "crop_size": 64, "scale_jitter": None, "hflip": 0.5} | keys
-        return TrainLoader(load_config(write_config(tmp_path, data, **keys)), h)
+    def labels(h: Hierarchy, hflip: float) -> torch.Tensor:
+        config = load_config(write_config(tmp_path, data, hflip=hflip))
+        return torch.cat([batch.labels for batch in TrainLoader(config, h)])
 
-    return build
-
-
-def halves(labels: torch.Tensor) -> tuple[set, set]:
-    return {*labels[..., :32].unique().tolist()}, {*labels[..., 32:].unique().tolist()}
-
-
-def test_a_left_arm_stays_a_left_arm_in_every_view(train):
-    seen = torch.cat([batch.labels for batch in train(MIRRORS)])
-    assert halves(seen) == ({0, RIGHT_ARM}, {0, LEFT_ARM})
-    assert len({int(labels.argmax()) for labels in seen}) > 1, "some are mirrored: the arms lie 5 and 4 pixels inside"
-
-
-def test_sides_without_a_mirror_are_refused_while_views_are_flipped(train):
-    with pytest.raises(UserError, match=r'(?s)tree.json: .*left_arm: "mirror": "right_arm".*hflip=0'):
-        train({})
-    assert halves(next(iter(train({}, hflip=0.0))).labels)[0] == {0, RIGHT_ARM}
+    upright, mirrored = (labels(Hierarchy.from_dict(paired), hflip) for hflip in (0.0, 1.0))
+    assert torch.equal(upright, labels(plain, 0.0))
+    swapped = torch.tensor([0, 2, 1, *range(3, 256)])[upright.long()].flip(-1)
+    assert torch.equal(mirrored.long(), swapped)
+    assert {1, 2} <= {*mirrored.unique().tolist()}
+    with pytest.raises(UserError, match=r'(?s)pascal_part.json: .*left_arm: "mirror": "right_arm".*hflip=0'):
+        labels(plain, 0.5)
 
 
 def test_tta_swaps_the_logits_of_a_pair_and_is_refused_where_the_tree_does_not_say_what_swaps(tmp_path):
