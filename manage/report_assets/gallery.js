@@ -3,7 +3,7 @@
 
 const find = (id) => document.getElementById(id);
 const { nodes, background, paths, order, levels, photos } = JSON.parse(find("data").textContent);
-const PAGE = 24; // photos a page
+const MORE = 24; // photos at a time
 const VOID = [110, 110, 110], RIGHT_BACKGROUND = [246, 246, 246], RIGHT = [159, 211, 199], WRONG = [179, 38, 30];
 
 const isNode = (value) => value < nodes.length;
@@ -142,7 +142,7 @@ function lines({ maps, photo }, column, row) {
 const hideReadout = () => { find("readout").hidden = true; };
 
 // --- the gallery, and one photo enlarged ---
-let chosen = [], page = 0, viewed = 0; // the photos that pass the filter, in order; the page and the photo shown
+let chosen = [], viewed = 0; // the photos that pass the filter, in order; the one that is enlarged
 
 function choose() {
   const key = Number(find("key").value), wanted = find("search").value.trim().toLowerCase();
@@ -152,19 +152,16 @@ function choose() {
     if (x === null || y === null) return (x === null) - (y === null); // without a value: last
     return isBest === isHighWorst ? x - y : y - x;
   });
-  turn(0);
+  find("gallery").replaceChildren();
+  more();
 }
 
-function turn(wanted) {
-  const last = Math.max(0, Math.ceil(chosen.length / PAGE) - 1);
-  page = Math.min(Math.max(wanted, 0), last);
+function more() {
+  const shown = find("gallery").children.length, cards = chosen.slice(shown, shown + MORE).map((photo) => card(photo, false));
   hideReadout();
-  const cards = chosen.slice(page * PAGE, (page + 1) * PAGE).map((photo) => card(photo, false));
-  find("gallery").replaceChildren(...(cards.length ? cards : ["No photo is like that."]));
-  const place = `${page * PAGE + 1}–${page * PAGE + cards.length} of ${chosen.length.toLocaleString("en")}`;
-  document.querySelector("#pager output").textContent = cards.length ? place : "none";
-  for (const button of document.querySelectorAll("#pager button")) // not `disabled`, which would lose the focus
-    button.ariaDisabled = page === (button.dataset.step < 0 ? 0 : last);
+  find("gallery").append(...cards);
+  const all = chosen.length, now = shown + cards.length;
+  find("more").textContent = `${now} of ${all.toLocaleString("en")} photos${now < all ? ": show more" : ""}`;
 }
 
 function view(index) {
@@ -178,10 +175,9 @@ function view(index) {
 
 document.addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!step || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
+  if (!step || !find("viewer").open || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
-  if (find("viewer").open) view(viewed + step);
-  else turn(page + step);
+  view(viewed + step);
 });
 document.addEventListener("pointermove", (event) => event.pointerType !== "touch" && point(event));
 document.addEventListener("pointerdown", point);
@@ -191,11 +187,10 @@ find("gallery").addEventListener("click", (event) => {
   if (element && event.pointerType !== "touch") view(chosen.indexOf(element.photo)); // a touch reads
 });
 find("viewer").addEventListener("close", () => {
-  turn(Math.floor(viewed / PAGE));
-  find("gallery").children[viewed % PAGE].querySelector("button").focus();
+  while (find("gallery").children.length <= viewed) more();
+  find("gallery").children[viewed].querySelector("button").focus();
 });
-for (const button of document.querySelectorAll("#pager button"))
-  button.addEventListener("click", () => turn(page + Number(button.dataset.step)));
+find("more").addEventListener("click", more);
 for (const button of document.querySelectorAll("#viewer [data-step]"))
   button.addEventListener("click", () => view(viewed + Number(button.dataset.step)));
 find("controls").addEventListener("input", choose);
