@@ -143,7 +143,7 @@ def load_experiment(name: str | Path, evaluation: str = "best") -> Experiment:
 def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, names: Mapping | None = None) -> Comparison:
     """Groups experiments by config and compares every group with the first, at every level and in severity.
 
-    `names` says what a group is called, by an experiment in it; without, it is what tells the groups apart.
+    `names` says what a group is called, by its first experiment; without, it bears that one's name.
     Raises: UserError when they were not scored on the same photos, labels and tree.
     """
     check_comparable(experiments)
@@ -159,25 +159,15 @@ def compare(experiments: Sequence[Experiment], resamples: int = RESAMPLES, names
 
 
 def check_comparable(experiments: Sequence[Experiment]) -> None:
-    """Raises: UserError naming what differs: the folder given twice, tree, photos or labels."""
+    """Raises: UserError naming what differs: tree, photos or labels."""
     first = experiments[0]
-    for number, other in enumerate(experiments[1:], start=1):
+    for other in experiments[1:]:
         pair = f"{first.name} and {other.name} cannot be compared"
-        if other.folder in [experiment.folder for experiment in experiments[:number]]:
-            raise UserError(f"{other.folder}: is given twice")
         if other.hierarchy.fingerprint != first.hierarchy.fingerprint:
             raise UserError(f"{pair}: their trees differ ({first.hierarchy.name!r} and {other.hierarchy.name!r})")
-        if other.ids != first.ids:
-            raise UserError(
-                f"{pair}: they were scored on other photos, {len(first.ids)} and {len(other.ids)}, or in another "
-                "order; evaluate both on the same val set"
-            )
-        changed = (other.matrices.sum(axis=2) != first.matrices.sum(axis=2)).any(axis=1)
-        if changed.any():
-            raise UserError(
-                f"{pair}: the labels of {int(changed.sum())} photos differ (the first: "
-                f"{first.ids[int(changed.argmax())]}); evaluate both again on the same label maps"
-            )
+        if other.ids != first.ids or (other.matrices.sum(axis=2) != first.matrices.sum(axis=2)).any():
+            counts = f"{len(first.ids)} and {len(other.ids)}"
+            raise UserError(f"{pair}: they were scored on other photos ({counts}) or labels; evaluate both again")
 
 
 def group_by_config(
@@ -194,18 +184,7 @@ def group_by_config(
     values = [members[0].compared for members in sets]
     differing = {key: [value.get(key) for value in values] for key in dict.fromkeys(itertools.chain(*values))}
     differing = {key: column for key, column in differing.items() if any(value != column[0] for value in column)}
-    labels = [criterion_name(value["criterion"]) for value in values]
-    if len(set(labels)) < len(labels):
-        labels = [members[0].name for members in sets]
-    labels = [names.get(members[0].name, label) for members, label in zip(sets, labels, strict=True)]
-    return [Group(label, members) for label, members in zip(labels, sets, strict=True)], differing
-
-
-def criterion_name(criterion: str | Mapping[str, float]) -> str:
-    """`tree_min + 0.5 bce` for {"tree_min": 1.0, "bce": 0.5}."""
-    if isinstance(criterion, str):
-        return criterion
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in criterion.items())
+    return [Group(names.get(members[0].name, members[0].name), members) for members in sets], differing
 
 
 def bootstrap(experiments: Sequence[Experiment], resamples: int, seed: int = 0) -> np.ndarray:

@@ -55,8 +55,7 @@ class Scored(NamedTuple):
 
     sample: Sample
     leaves: Tensor  # (H, W), by the first rule
-    matrices: list[Tensor]  # (N, N) of label and leaf, by each rule
-    violations: Tensor  # violated edges, pixels looked at
+    matrix: Tensor  # (N, N) of label and leaf, by the first rule
     maps: report.MapSampler | None
 
 
@@ -107,22 +106,20 @@ class Scorer:
         bar.close()
 
     def _count(self, sample: Sample, bands: Rows) -> Scored:
-        leaves, before = torch.empty_like(sample.labels), self.meters[0].violations.clone()
-        matrices, n_nodes = [0] * len(self.meters), self.hierarchy.num_nodes
-        maps = report.MapSampler(sample.labels, n_nodes) if self.with_maps else None
+        leaves, before = torch.empty_like(sample.labels), self.meters[0].matrix.clone()
+        maps = report.MapSampler(sample.labels, self.hierarchy.num_nodes) if self.with_maps else None
         for rows, logits in bands:
             labels = sample.labels[None, rows]
-            for i, (decoding, meter) in enumerate(zip(self.decodings, self.meters, strict=True)):
-                decided = decoding(logits, self.hierarchy)
-                matrices[i] += meter.update(decided, labels, None if i else logits)
-                if i == 0:
-                    leaves[rows] = decided[0]
+            decided = [decoding(logits, self.hierarchy) for decoding in self.decodings]
+            for i, meter in enumerate(self.meters):
+                meter.update(decided[i], labels, None if i else logits)
+            leaves[rows] = decided[0][0]
             if maps:
                 maps.add(rows, logits[0])
             if self.loss:
                 known = (labels != self.hierarchy.ignore_index).sum()
                 self.loss_sum += torch.stack([self.loss(logits, labels) * known, known])
-        return Scored(sample, leaves, matrices, self.meters[0].violations - before, maps)
+        return Scored(sample, leaves, self.meters[0].matrix - before, maps)
 
     def results(self) -> list[dict[str, Any]]:
         """The scores by each rule, of the photos of all processes."""
@@ -251,11 +248,8 @@ class EvaluationManager:
         scorer = Scorer(*parts, with_maps=self.options.pictures)
         bar = progress(total=len(self.loader), desc="evaluate", disable=not distributed.is_main())
         with ThreadPoolExecutor(2) as drawers:
-            for sample, leaves, matrices, violations, maps in scorer.photos(self.loader, self.tolerance, bar):
-                violated, pixels = violations.tolist()
-                rate = violated / pairs if (pairs := pixels * len(self.hierarchy.edges)) else None
-                counts = [matrix.cpu().numpy() for matrix in matrices]
-                counted[sample.index] = counts, rate, tuple(leaves.shape)  # as report.photo_line takes them
+            for sample, leaves, matrix, maps in scorer.photos(self.loader, self.tolerance, bar):
+                counted[sample.index] = matrix.cpu(), tuple(leaves.shape)
                 if maps:
                     drawing.append(drawers.submit(self._draw, sample.index, leaves.cpu().numpy(), maps.maps(leaves)))
                 while len(drawing) > DRAWN_AT_ONCE:  # an error while drawing is raised here
@@ -271,16 +265,13 @@ class EvaluationManager:
         results = dict(zip((decoding.rule for decoding in self.decodings), scorer.results(), strict=True))
         return distributed.on_main_only(self._write, results, counted, faults, time.monotonic() - began) or {}
 
-    def _draw(self, index: int, leaves: np.ndarray, maps: report.SmallMaps) -> None:
+    def _draw(self, index: int, leaves: np.ndarray, maps: Sequence[np.ndarray]) -> None:
         """Per level an indexed PNG, an overlay, and the report's files."""
         folder, name = self.unfinished / "pictures", self.ids[index]
-        try:
-            with photo_named(name):
-                photo = np.asarray(read_photo(self.loader.photos.files[index].photo))  # as taken, not as it was fed
-                visualize.write_maps(folder, name, photo, leaves, self.hierarchy)
-                report.write_photo(folder / "report", name, photo, maps)
-        except OSError as error:
-            raise UserError(f"{folder}: pictures cannot be written ({error.strerror})") from None
+        with photo_named(name):
+            photo = np.asarray(read_photo(self.loader.photos.files[index].photo))  # as taken, not as it was fed
+            visualize.write_maps(folder, name, photo, leaves, self.hierarchy)
+            report.write_photo(folder / "report", name, photo, maps)
 
     @property
     def _is_own(self) -> bool:
@@ -335,13 +326,10 @@ class EvaluationManager:
     def _write(self, results: dict, counted: dict[int, tuple], faults: dict, seconds: float) -> dict:
         record, order = self._record(results, len(counted), faults, seconds), sorted(counted)
         ids, n = np.array([self.ids[index] for index in order]), self.hierarchy.num_nodes
-        matrices = {
-            rule: np.array([counted[index][0][i] for index in order], np.int32).reshape(-1, n, n)
-            for i, rule in enumerate(results)
-        }
+        matrices = np.array([counted[index][0].numpy() for index in order], np.int32).reshape(-1, n, n)
         write_json(record, self.unfinished / "scores.json")
         write_csv(results, self.unfinished / "scores.csv")
-        np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **matrices)
+        np.savez_compressed(self.unfinished / "photos.npz", ids=ids, **{record["decode"]: matrices})
         if self.options.pictures:
             lines = [report.photo_line(self.ids[i], *counted[i], self.hierarchy) for i in order]
             report.write_report(self.unfinished, record, lines, self.hierarchy)

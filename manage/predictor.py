@@ -75,16 +75,9 @@ def load_state(path: Path) -> dict[str, Any]:
 
         weights = load_file(path / "model.safetensors")
     except Exception as error:  # the package raises its own kinds
-        raise UserError(
-            f"{path / 'model.safetensors'} cannot be read ({error}); copy the folder again, or, where the package "
-            "safetensors is not there, pip install -r requirements-export.txt"
-        ) from None
-    return {
-        "model": weights,
-        "ema": None,
-        "config": read_json(path / "config.json"),
-        "tree": read_json(path / "tree.json"),
-    }
+        advice = "pip install -r requirements-export.txt, or copy the folder again"
+        raise UserError(f"{path / 'model.safetensors'} cannot be read ({error}); {advice}") from None
+    return {"model": weights, "config": read_json(path / "config.json"), "tree": read_json(path / "tree.json")}
 
 
 @dataclass

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,19 +32,8 @@ CURVES = "../../metrics.jsonl"  # of the training whose checkpoint was scored
 ASSETS = Path(__file__).parent / "report_assets"
 
 
-class SmallMaps(NamedTuple):
-    """What the page shows of a photo's maps: the nearest pixels on a coarse grid, and on half of it.
-
-    Shape: truth, leaves (h, w) node ids; scores (N, s, t), byte b standing for the scores from b/256 to (b+1)/256.
-    """
-
-    truth: np.ndarray
-    leaves: np.ndarray
-    scores: np.ndarray
-
-
 class MapSampler:
-    """Samples a photo's maps on their device, band by band, so that little leaves it.
+    """What the page shows of a photo, sampled on the maps' device, band by band, so that little leaves it.
 
     Scores lie on every other row and column of the maps' grid, so that a score is of a pixel that the maps show.
     """
@@ -65,10 +54,13 @@ class MapSampler:
         sampled = _cut(logits, rows[seen] - band.start, self.columns[::2]).float().sigmoid() * 256
         self.scores[:, seen] = sampled.clamp_(max=255).to(torch.uint8)
 
-    def maps(self, leaves: Tensor) -> SmallMaps:
-        """Shape: (H, W), once all bands were added."""
-        both = (_cut(labels, self.rows, self.columns).to(torch.uint8) for labels in (self.labels, leaves))
-        return SmallMaps(*(values.cpu().numpy() for values in (*both, self.scores)))
+    def maps(self, leaves: Tensor) -> list[np.ndarray]:
+        """Truth, leaves and scores, once all bands were added; a byte b is a score from b/256 to (b+1)/256.
+
+        Shape: (H, W) -> (h, w), (h, w) node ids, (N, h/2, w/2).
+        """
+        both = [_cut(labels, self.rows, self.columns).to(torch.uint8) for labels in (self.labels, leaves)]
+        return [values.cpu().numpy() for values in (*both, self.scores)]
 
 
 def shown_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -81,7 +73,7 @@ def _cut(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return values.index_select(-2, rows).index_select(-1, columns)
 
 
-def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps) -> None:
+def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: Sequence[np.ndarray]) -> None:
     """Writes <id>.jpg and <id>.js. Shape: photo (H, W, 3) uint8. Raises: OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(photo)
@@ -91,33 +83,18 @@ def write_photo(folder: Path, sample_id: str, photo: np.ndarray, maps: SmallMaps
     (folder / f"{sample_id}.js").write_text(f'hsegMaps("{packed}");\n', encoding="ascii")
 
 
-def photo_line(
-    sample_id: str,
-    matrices: Sequence[np.ndarray],
-    violations: float | None,
-    size: tuple[int, int],
-    hierarchy: Hierarchy,
-) -> dict[str, Any]:
-    """What the page knows of every photo from the start: its size, and the values to sort by, as `_sort_keys` has them.
+def photo_line(sample_id: str, matrix: Tensor, size: tuple[int, int], hierarchy: Hierarchy) -> dict[str, Any]:
+    """What the page knows of every photo from the start: its size, and the values to sort by, see `write_report`.
 
-    Shape: the first of `matrices` (N, N), the photo's counts of (label, predicted leaf).
+    Shape: matrix (N, N), the photo's counts of (label, predicted leaf).
     """
-    levels = scores_from_confusion(torch.from_numpy(matrices[0]).long(), hierarchy)["levels"]
+    levels = scores_from_confusion(matrix, hierarchy)["levels"]
     iou: dict[str, float | None] = {}
     for level in reversed(levels):  # the finest level wins
         iou |= level["IoU"]
-    values = [*(level["mIoU"] for level in levels), violations, *(iou[name] for name in hierarchy.names)]
+    values = [*(level["mIoU"] for level in levels), *(iou[name] for name in hierarchy.names)]
     values = [None if value is None else round(value, 5) for value in values]
     return {"id": sample_id, "size": shown_size(size)[::-1], "values": values}
-
-
-def _sort_keys(h: Hierarchy) -> list[str]:
-    """What photos can be sorted by, in the order of their values."""
-    return [
-        *(f"mIoU{level + 1}" for level in range(h.num_levels)),
-        "violations",
-        *(f"IoU of {name}" for name in h.names),
-    ]
 
 
 # --- the page ---
@@ -132,6 +109,7 @@ def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, An
         "levels": [{"name": name, "table": table} for name, table in zip(h.level_names, h.level_tables, strict=True)],
         "photos": photos,
     }
+    keys = [*(f"mIoU{level['level']}" for level in levels), *(f"IoU of {name}" for name in h.names)]
     files = ["scores.csv", "scores.json", *([CURVES] if (folder / CURVES).is_file() else [])]
     means = [(f"mIoU{level['level']} · {level['name']}", level["mIoU"]) for level in levels]
     others = [(name, value) for name, value in scores["scores"].items() if not name.startswith("mIoU")]
@@ -151,7 +129,7 @@ def write_report(folder: Path, scores: dict[str, Any], photos: list[dict[str, An
         "scores": "".join(_score_table(level, h) for level in levels),
         "confusion": "".join(_confusion_table(level, h) for level in levels),
         "legend": "".join(_legend_entry(node, h) for node in h.preorder),
-        "keys": "".join(f'<option value="{i}">{escape(key)}</option>' for i, key in enumerate(_sort_keys(h))),
+        "keys": "".join(f'<option value="{i}">{escape(key)}</option>' for i, key in enumerate(keys)),
         "left_out": "".join(f'<p class="warning">in no score: {escape(fault)}</p>' for fault in faults),
         "config": escape(json.dumps(scores["config"], indent=2)),
         "environment": escape(json.dumps(scores["environment"], indent=2)),

@@ -6,6 +6,8 @@ from typing import Any
 
 from utils.hierarchy import Hierarchy
 
+Table = list[list[str]]  # rows of cells, the header first; the first column names, the others are numbers
+
 
 def summary(result: dict[str, Any]) -> dict[str, float | None]:
     """The scores that stand for a whole run: all that are one number, in [0, 1] but for `mistake_severity`."""
@@ -21,27 +23,31 @@ def per_class(result: dict[str, Any]) -> list[tuple[int, str, float | None]]:
 
 def table(result: dict[str, Any], hierarchy: Hierarchy) -> str:
     """IoU per class and level, and all other scores, as people read them."""
-    background, lines = {hierarchy.names[node] for node in hierarchy.background}, []
+    rows = [["level", "class", "IoU"]]
     for level in result["levels"]:
-        lines.append(f"level {level['level']}: {level['name']}")
-        for name, iou in level["IoU"].items():
-            note = "  (not in the mean)" if name in background else "  (absent)" if iou is None else ""
-            lines.append(f"    {name:<22}{percent(iou)}{note}")
-        lines.append(f"    {'mIoU' + str(level['level']):<22}{percent(level['mIoU'])}")
-        if background:
-            lines.append(f"    {'with background':<22}{percent(level['mIoU_with_background'])}")
+        means = {f"mIoU{level['level']}": level["mIoU"]}
+        if hierarchy.background:
+            means["with background"] = level["mIoU_with_background"]
+        rows += [[level["name"], name, percent(iou)] for name, iou in (level["IoU"] | means).items()]
     others = {name: value for name, value in summary(result).items() if not name.startswith("mIoU")}
-    lines += [f"{name.replace('_', ' '):<26}{shown(name, value)}" for name, value in others.items()]
-    return "\n".join(lines)
+    rows += [["", name.replace("_", " "), shown(name, value)] for name, value in others.items()]
+    return to_markdown(rows)
 
 
 def rules_table(rules: dict[str, dict[str, float | None]]) -> str:
     """One row a decoding rule."""
     names = [name for name in next(iter(rules.values())) if "_with_background" not in name and "ECE_" not in name]
-    lines = ["decoding".ljust(12) + "".join(name.rjust(18) for name in names)]
-    for rule, scores in rules.items():
-        lines.append(rule.ljust(12) + "".join(shown(name, scores[name]).rjust(18) for name in names))
-    return "\n".join(lines)
+    rows = [[rule, *(shown(name, scores[name]) for name in names)] for rule, scores in rules.items()]
+    return to_markdown([["decoding", *names], *rows])
+
+
+def to_markdown(table: Table) -> str:
+    """In columns that a terminal shows well, too."""
+    cells = [[cell.strip().replace("|", "\\|") for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def shown(name: str, value: float | None) -> str:

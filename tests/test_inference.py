@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manage import inference
-from manage.inference import NotFinite, logit_rows, photo_named, windows
+from manage.inference import NotFinite, logit_rows, photo_named
 from utils.errors import UserError
 
 
@@ -44,16 +44,6 @@ def plainly(network: nn.Module, image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-@pytest.mark.parametrize(("length", "tile"), [(1000, 256), (257, 256), (256, 256), (700, 100), (5000, 768)])
-def test_windows_cover_each_pixel_with_weight_one_on_the_grid_of_strides(length, tile):
-    total = torch.zeros(length)
-    for inside, weights in windows(length, tile, 32):
-        assert inside.start % 32 == 0
-        assert inside.stop - inside.start <= tile + 31
-        total[inside] += weights
-    torch.testing.assert_close(total, torch.ones(length))
-
-
 @pytest.mark.parametrize("band", [2**23, 5000], ids=["one band", "many bands"])
 @pytest.mark.parametrize("size", [(300, 500), (611, 703), (90, 77), (300, 703)])
 def test_windows_and_bands_say_what_the_whole_photo_says(monkeypatch, size, band):
@@ -88,13 +78,6 @@ def test_the_logits_of_all_views_are_averaged(tta):
         views += [F.interpolate(logits, shape, mode="bilinear") for logits in pair]
     expected = torch.stack(views).mean(0)
     torch.testing.assert_close(photo_logits(network, image, size, tta=tta), expected, atol=1e-3, rtol=1e-3)
-
-
-def test_a_flip_swaps_the_nodes_of_a_mirror_pair():
-    network, image = Edges(), noise(64, 96)
-    swapped = photo_logits(network, image, (64, 96), tta="flip", mirror=[0, 2, 1, 3])
-    plain, flipped = (photo_logits(network, x, (64, 96)) for x in (image, image.flip(-1)))
-    torch.testing.assert_close(swapped, (plain + flipped.flip(-1)[:, [0, 2, 1, 3]]) / 2)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import mimetypes
 import re
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from manage.comparison import (
     mean_and_spread,
 )
 from manage.predictor import Predictor
+from manage.tables import Table, to_markdown
 from utils import visualize
 from utils.cli import progress, run_main
 from utils.dataset import find_samples
@@ -45,9 +47,6 @@ from utils.files import write_json, write_whole
 from utils.images import read_labels, read_photo
 
 PHOTOS = 6  # side by side
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#969696"  # told apart by colour-blind readers
-
-Table = list[list[str]]  # rows of cells, the header first; the first column names, the others are numbers
 
 
 def main() -> None:
@@ -62,26 +61,20 @@ def main() -> None:
 
 
 def write_report(comparison: Comparison, out: Path, stem: str, title: str, notes: Sequence[str] = ()) -> None:
-    """Prints the scores; writes the pictures, <stem>.html, <stem>.md, <stem>.tex and <stem>.json.
-
-    Raises: UserError when `out` cannot be written.
-    """
+    """Prints the scores; writes the photos side by side, <stem>.html, .md, .tex and .json. Raises: OSError."""
     tables = [score_table(comparison)] + ([difference_table(comparison)] if comparison.differences else [])
     print("\n\n".join(map(to_markdown, tables)))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        text = "\n\n".join(report(comparison, title, notes, out / stem)) + "\n"
-        write_whole(text, out / f"{stem}.md")
-        write_whole(to_html(text, title, out), out / f"{stem}.html")
-        write_whole("\n".join(map(to_latex, tables)), out / f"{stem}.tex")
-        write_json(to_record(comparison) | {"notes": list(notes)}, out / f"{stem}.json")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    out.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(report(comparison, title, notes, out / stem)) + "\n"
+    write_whole(text, out / f"{stem}.md")
+    write_whole(to_html(text, title, out), out / f"{stem}.html")
+    write_whole("\n".join(map(to_latex, tables)), out / f"{stem}.tex")
+    write_json(to_record(comparison) | {"notes": list(notes)}, out / f"{stem}.json")
     print(f"wrote {out / stem}.html, .md, .tex and .json")
 
 
 def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path) -> list[str]:
-    """The whole report in Markdown, block by block; its pictures are drawn to files whose names begin with `path`."""
+    """The whole report in Markdown, block by block; its picture is drawn to a file whose name begins with `path`."""
     photos, names = len(comparison.experiments[0].ids), [group.label for group in comparison.groups]
     about = (
         f"Percent on {photos:,} whole val photos; mean ± standard deviation where there are several seeds. mIoU is "
@@ -95,8 +88,7 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
             f"comparisons together with {CONFIDENCE:.0%} (Holm). Better or worse is said where the interval leaves out "
             f"0, p, adjusted in the same way, is below {1 - CONFIDENCE:.2f}, and all seeds agree in sign."
         )
-        blocks += ["## Differences", *draw_differences(comparison, path.with_name(f"{path.name}_differences.png"))]
-        blocks += [to_markdown(difference_table(comparison)), method]
+        blocks += ["## Differences", to_markdown(difference_table(comparison)), method]
         blocks += side_by_side(comparison, path.with_name(f"{path.name}_photos.jpg"))
     for level, name in enumerate(comparison.experiments[0].hierarchy.level_names):
         ious = {c: ("levels", level, "IoU", c) for c in comparison.experiments[0].record["levels"][level]["IoU"]}
@@ -116,12 +108,7 @@ def report(comparison: Comparison, title: str, notes: Sequence[str], path: Path)
 
 def mean(comparison: Comparison, group: int, place: Sequence[str | int], factor: float = 100) -> str:
     """`41.20 ± 0.31`, in percent: of what stands at a place of the records of a group."""
-    values = []
-    for experiment in comparison.groups[group].experiments:
-        value = experiment.record
-        for key in place:
-            value = value[key]
-        values.append(value)
+    values = [reduce(lambda part, key: part[key], place, e.record) for e in comparison.groups[group].experiments]
     found = [f"{factor * v:.2f}" for v in mean_and_spread(values) if v == v]  # NaN is not equal to itself
     return " ± ".join(found) or "-"
 
@@ -161,52 +148,23 @@ def run_table(experiments: Sequence[Experiment]) -> Table:
 def to_record(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain JSON types; scores in [0, 1]."""
     differences = [vars(d) | {"verdict": d.verdict} for d in comparison.differences]
-    differences = [{k: None if v != v else v for k, v in record.items()} for record in differences]  # NaN is no JSON
-    groups = {
-        group.label: [
-            {"run": e.name, "seed": e.config["seed"], "commit": e.said("commit")}
-            | {key: e.record[key] for key in ("decode", "rules", "levels")}
-            for e in group.experiments
-        ]
-        for group in comparison.groups
+    return {
+        "photos": len(comparison.experiments[0].ids),
+        "levels": comparison.experiments[0].hierarchy.level_names,
+        # NaN is no JSON
+        "differences": [{key: None if v != v else v for key, v in record.items()} for record in differences],
+        "groups": {
+            group.label: [
+                {"run": e.name, "seed": e.config["seed"], "commit": e.said("commit")}
+                | {key: e.record[key] for key in ("decode", "rules", "levels")}
+                for e in group.experiments
+            ]
+            for group in comparison.groups
+        },
     }
-    return {"photos": len(comparison.experiments[0].ids), "differences": differences, "groups": groups}
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------
-
-
-def draw_differences(comparison: Comparison, path: Path) -> list[str]:
-    """Each group against the first, a panel a level: difference, interval over photos, a ring for each seed.
-
-    Clear ones are blue right of 0 and orange left of it; one seed may be any seed, so it is never clear.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-    except ImportError:
-        print("without its chart, which needs matplotlib: pip install -r requirements-charts.txt")
-        return []
-    levels = comparison.experiments[0].hierarchy.level_names
-    others = [group.label for group in comparison.groups[1:]]
-    figure = Figure(figsize=(9, 1.3 + len(levels) * (0.3 * len(others) + 0.3)), layout="constrained")
-    panels = figure.subplots(len(levels), sharex=True, squeeze=False)[:, 0]
-    for level, (axes, name) in enumerate(zip(panels, levels, strict=True), start=1):
-        for y, d in enumerate(d for d in comparison.differences if d.score == f"mIoU{level}"):
-            is_clear = d.verdict in ("better", "worse") and len(d.by_seed) > 1
-            colour = GREY if not is_clear else BLUE if d.value > 0 else ORANGE
-            axes.plot([100 * d.low, 100 * d.high], [y, y], color=colour, linewidth=4, solid_capstyle="butt")
-            rings = [100 * value for value in d.by_seed.values()]
-            axes.plot(rings, [y] * len(rings), "o", color="white", markeredgecolor=colour, markersize=5)
-            axes.plot(100 * d.value, y, "o", color=colour, markeredgecolor="white", markersize=9)
-        axes.axvline(0, color="#696969", linewidth=1)
-        axes.set_yticks(range(len(others)), others)
-        axes.set_ylim(len(others) - 0.4, -0.6)
-        axes.set_title(f"mIoU{level} ({name})", loc="left", fontsize="medium")
-        axes.grid(axis="x", color="#e4e4e4")
-    figure.suptitle(f"difference from {comparison.groups[0].label} in points", x=0.01, ha="left")
-    panels[-1].set_xlabel("bar: interval over photos, for all together; ring: one seed; coloured: better or worse")
-    figure.savefig(path, dpi=130)
-    return [f"![differences]({path.name})"]
+# ---- photos ------------------------------------------------------------------------------------------------------
 
 
 def side_by_side(comparison: Comparison, path: Path) -> list[str]:
@@ -246,15 +204,6 @@ def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: S
 # ---- formats -----------------------------------------------------------------------------------------------------
 
 
-def to_markdown(table: Table) -> str:
-    """In columns that a terminal shows well, too."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def to_latex(table: Table) -> str:
     """For \\usepackage{booktabs}."""
     escapes = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"±": "$\\pm$", "\\": "\\textbackslash{}"})
@@ -270,12 +219,10 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }}
-h1, h2 {{ font-weight: 600; line-height: 1.2; }} h2 {{ margin: 2.2rem 0 .6rem; font-size: 1.2rem; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1320px; padding: 0 1rem; }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #e2e2e2; white-space: nowrap; }}
-th {{ color: #555; font-weight: 600; }} tbody tr:hover {{ background: #f6f8fa; }}
-img {{ max-width: 100%; height: auto; }} li {{ margin: .2rem 0; }}
+img {{ max-width: 100%; height: auto; }}
 </style>
 </head>
 <body>

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from html import escape
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import torch
 from PIL import Image
 
 from configs.config import DECODE_RULES, default_decode
+from manage.inference import photo_named
 from manage.predictor import Decoding, Predictor, Result
 from utils.cli import run_main
 from utils.decode import probabilities
@@ -39,7 +39,7 @@ from utils.images import photo_header, read_photo
 from utils.visualize import overlay, write_maps
 
 gr = importlib.import_module("gradio") if importlib.util.find_spec("gradio") else None
-LARGEST = 2_000_000  # pixels; a larger photo is shown and predicted reduced
+LARGEST, LONGEST = 2_000_000, 10_000  # pixels, and a side: a larger photo is shown and predicted reduced
 HINT = "Drop a photo, or take one; then hover over it, or touch it."
 
 STYLE = """
@@ -74,12 +74,13 @@ for (const kind of ['pointermove', 'pointerdown']) element.addEventListener(kind
 
 
 def predict(predictor: Predictor, path: str | None) -> Result | None:
-    """A photo with its logits, at most LARGEST pixels of it. Raises: UserError for a file that cannot be read."""
+    """A photo with its logits, reduced if it is large. Raises: UserError for one that cannot be read or predicted."""
     if path is None:
         return None
-    _, (width, height), _ = photo_header(path)
-    shrink = min(1.0, (LARGEST / (width * height)) ** 0.5)
-    return predictor(read_photo(path, None if shrink == 1 else max(1, int(min(width, height) * shrink))))
+    with photo_named(path):
+        size, _ = photo_header(path)
+        shrink = min(1.0, (LARGEST / (size[0] * size[1])) ** 0.5, LONGEST / max(size))
+        return predictor(read_photo(path, None if shrink == 1 else max(1, int(min(size) * shrink))))
 
 
 def decode_again(predictor: Predictor, result: Result, rule: str, offset: float) -> Result:
@@ -117,10 +118,10 @@ def data_uri(picture: np.ndarray, kind: str) -> str:
 
 
 def to_download(result: Result, photo: Path) -> str:
-    """A zip of the label map of each level and the overlay, as tools/predict.py writes them."""
-    folder = Path(tempfile.mkdtemp(prefix="hseg-demo-")) / photo.stem
+    """A zip beside the uploaded photo of the label map of each level and the overlay, as tools/predict.py has them."""
+    folder = photo.parent / "masks"
     write_maps(folder, photo.stem, np.asarray(result.photo), result.leaves, result.hierarchy)
-    return shutil.make_archive(str(folder), "zip", folder)
+    return shutil.make_archive(str(photo.with_suffix("")), "zip", folder)
 
 
 def build(predictor: Predictor) -> "gr.Blocks":
@@ -134,14 +135,12 @@ def build(predictor: Predictor) -> "gr.Blocks":
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
-    def decide(path: str | None, result: Result | None, rule: str, offset: float) -> tuple:
-        if result is None:
-            return None, gr.DownloadButton(interactive=False)
-        result = decode_again(predictor, result, rule, offset)
-        return result, gr.DownloadButton(value=to_download(result, Path(path)), interactive=True)
-
-    def look(result: Result | None, level: int) -> str:
-        return to_show(result, level, criterion) if result else HINT
+    def show(path: str | None, predicted: Result | None, rule: str, offset: float, level: int) -> tuple:
+        if predicted is None:
+            return HINT, gr.DownloadButton(interactive=False)
+        result = decode_again(predictor, predicted, rule, offset)
+        masks = gr.DownloadButton(value=to_download(result, Path(path)), interactive=True)
+        return to_show(result, level, criterion), masks
 
     with gr.Blocks(title="Parts of a photo", analytics_enabled=False) as page:
         gr.Markdown(f"# Parts of a photo\nmodel {predictor.config.exp_name} · tree {h.name}, {h.num_leaves} parts")
@@ -155,13 +154,11 @@ def build(predictor: Predictor) -> "gr.Blocks":
                 level = gr.Radio([(name, i) for i, name in enumerate(h.level_names)], value=0, label="Level")
                 viewer = gr.HTML(HINT, css_template=STYLE, js_on_load=SCRIPT, apply_default_css=False)
                 download = gr.DownloadButton("Download the masks", interactive=False)
-        predicted, decided = gr.State(), gr.State()
-        decoding = ([photo, predicted, rule, offset], [decided, download])
-        looking = ([decided, level], viewer)
-        photo.change(begin, photo, predicted).success(decide, *decoding).success(look, *looking)
-        for one in (rule, offset):
-            one.change(decide, *decoding, trigger_mode="always_last").success(look, *looking)
-        level.change(look, *looking)
+        predicted = gr.State()
+        showing = (show, [photo, predicted, rule, offset, level], [viewer, download])
+        photo.change(begin, photo, predicted).success(*showing)
+        for one in (rule, offset, level):
+            one.change(*showing, trigger_mode="always_last")
     return page
 
 

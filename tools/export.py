@@ -47,7 +47,7 @@ from configs.config import DECODE_RULES, REPOSITORY, TTA, Config, differences
 from manage import inference
 from manage.checkpoint import checkpoint_digest, pack
 from manage.predictor import Predictor
-from manage.tables import percent, shown
+from manage.tables import percent, shown, to_markdown
 from utils.cli import run_main
 from utils.decode import leaf_bias, leaf_scores
 from utils.errors import UserError
@@ -96,26 +96,6 @@ class Exportable(nn.Module):
 
 
 # --- programs ---
-def export_torch(model: Exportable) -> torch.export.ExportedProgram:
-    """The program for any batch and size, batches of 1 and photos 1 pixel wide included."""
-    example = torch.zeros(2, 3, 70, 90, dtype=torch.uint8, device=model.leaf_ids.device)
-    any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    # without it every size is taken to be other than 1
-    with fx_config.patch(backed_size_oblivious=True):
-        return torch.export.export(model, (example,), dynamic_shapes=(any_size,), strict=False)
-
-
-def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Writes the program by the ending of its name; an ONNX file has its weights inside."""
-    if path.suffix == ".pt2":
-        torch.export.save(program, path)
-        return
-    names = {"input_names": ["photos"], "output_names": ["leaves", "scores"]}
-    sizes = {0: "batch", 2: "height", 3: "width"}
-    made = torch.onnx.export(program, **names, dynamic_shapes=(sizes,), dynamo=True, verbose=False)
-    made.save(str(path), external_data=False)
-
-
 def open_program(path: Path) -> Program:
     """The program in a file: photos -> leaves, scores."""
     if path.suffix == ".pt2":
@@ -132,9 +112,18 @@ def export_program(predictor: Predictor, path: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     model, state = Exportable(predictor), handed_on(predictor)
-    save_program(export_torch(model), path)
-    write_json({key: state[key] for key in ("config", "tree", "origin")}, path.with_suffix(".json"))
     photos = torch.randint(0, 256, (2, 3, 123, 187), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with fx_config.patch(backed_size_oblivious=True):  # without it every size is taken to be other than 1
+        program = torch.export.export(model, (photos,), dynamic_shapes=(any_size,), strict=False)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+    else:
+        names = {"input_names": ["photos"], "output_names": ["leaves", "scores"]}
+        sizes = {0: "batch", 2: "height", 3: "width"}
+        made = torch.onnx.export(program, **names, dynamic_shapes=(sizes,), dynamo=True, verbose=False)
+        made.save(str(path), external_data=False)
+    write_json({key: state[key] for key in ("config", "tree", "origin")}, path.with_suffix(".json"))
     apart = (open_program(path)(photos)[1] - model(photos)[1]).abs().max().item()
     if not apart <= TOLERANCE:
         raise UserError(f"{path}: its scores are up to {apart:.1e} from PyTorch's; do not use it")
@@ -206,65 +195,27 @@ def evaluations_of(checkpoint: Path, config: dict) -> list[dict]:
 def card(state: dict, records: Sequence[dict], licence: str) -> str:
     """README.md: scores, classes, recipe, licence. A column of the table is an evaluation."""
     config, h = Config(**state["config"]), Hierarchy.from_dict(state["tree"])
-    rows = [["", *(f"{record['decode']}, tta {record['tta']}" for record in records)], ["---"] * (1 + len(records))]
+    rows = [["", *(f"{record['decode']}, tta {record['tta']}" for record in records)]]
     for name in records[0]["scores"] if records else ():
         rows.append([name, *(shown(name, record["scores"][name]) for record in records)])
     for level, (title, nodes) in enumerate(zip(h.level_names, h.level_classes, strict=True)):
         for name in (h.names[node] for node in nodes):
             rows.append([f"{title}: {name}", *(percent(record["levels"][level]["IoU"][name]) for record in records)])
     recipe = [f"    {key}: {json.dumps(value)}" for key, (value, _) in differences(config, Config()).items()]
-    return CARD.format(
+    template = (Path(__file__).parent / "data" / "model_card.md").read_text(encoding="utf-8")
+    return template.format(
         licence=licence,
         name=config.exp_name,
         tree=h.name,
         photos=f"On {records[0]['photos']} photos" if records else "Not evaluated yet: see docs/predict.md",
-        table="\n".join(f"| {' | '.join(map(str.strip, row))} |" for row in rows),
+        table=to_markdown(rows),
         epoch=state["epoch"],
         origin=", ".join(f"{key} {value}" for key, value in state["origin"].items()),
         recipe="\n".join(recipe),
     )
 
 
-CARD = """---
-license: {licence}
-tags: [image-segmentation, hierarchical-segmentation]
----
-# {name}
-
-Segments photos by the label tree `{tree}`, at every level at once.
-
-    result = Predictor.load("this/file")(Image.open("photo.jpg"))   # from manage.predictor import Predictor
-
-## Scores and classes
-
-{photos}. Scores and the IoU of each class, by level, in percent; mistake_severity is a height in the tree.
-
-{table}
-
-## Recipe
-
-{epoch} epochs; {origin}. What differs from the defaults of configs/config.py:
-
-{recipe}
-
-## Licence
-
-{licence}
-"""
-
-
 # --- the command ---
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="F", help="a .pt file, an experiment (default: the shipped model)")
-    parser.add_argument("--out", required=True, type=Path, metavar="P", help="a .pt2, .onnx or .pt file, or a folder")
-    parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
-    parser.add_argument("--tta", choices=TTA, help="other views than the checkpoint's")
-    parser.add_argument("--licence", default="unknown", help="for the card, such as cc-by-4.0")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    return parser.parse_args()
-
-
 def check_out(out: Path, overwrite: bool) -> None:
     """Raises: UserError for an unknown ending, for packages that are not there, and for files that are."""
     if out.suffix not in PACKAGES:
@@ -277,19 +228,23 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def main() -> None:
-    arguments = read_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="F", help="a .pt file, an experiment (default: the shipped model)")
+    parser.add_argument("--out", required=True, type=Path, metavar="P", help="a .pt2, .onnx or .pt file, or a folder")
+    parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
+    parser.add_argument("--tta", choices=TTA, help="other views than the checkpoint's")
+    parser.add_argument("--licence", default="unknown", help="for the card, such as cc-by-4.0")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    arguments = parser.parse_args()
     out = arguments.out
     check_out(out, arguments.overwrite)
     predictor = Predictor.load(arguments.checkpoint, "cpu", decode=arguments.decode, tta=arguments.tta)
     print(f"exporting {predictor}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix in (".pt", ""):
-            export_model(predictor, out, arguments.licence)
-        else:
-            export_program(predictor, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix in (".pt", ""):
+        export_model(predictor, out, arguments.licence)
+    else:
+        export_program(predictor, out)
 
 
 if __name__ == "__main__":

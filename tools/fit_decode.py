@@ -1,7 +1,7 @@
 """Fits root_bias: an offset for each root of the tree, added to its leaves before the best is taken.
 
     python tools/fit_decode.py --cfg configs/quickstart.json
-    python tools/fit_decode.py --cfg F --checkpoint best --decode prob_sum --target mIoU1 --photos 200 seed=1
+    python tools/fit_decode.py --cfg F --checkpoint best --decode prob_sum --photos 200 seed=1
 
 mIoU without background rewards a guess at a body part, so a rule that is best for pixel accuracy need not be best
 for it. The offset is fitted on train photos, never on val: three quarters of a seeded sample are fitted, the last
@@ -28,7 +28,7 @@ import utils  # noqa: F401 - before torch
 import torch
 from torch import Tensor
 
-from configs.config import DECODE_RULES, Config, load_config, parse_overrides
+from configs.config import DECODE_RULES, Config, load_config
 from manage.checkpoint import find_checkpoint, load_checkpoint, pack
 from manage.data import check_data, read_split
 from manage.predictor import Predictor
@@ -44,6 +44,7 @@ from utils.metrics import confusion, scores_from_confusion
 UNITS = {"prob_sum": 0.2, "prob_mean": 0.1}  # a coarse step, in the unit of the rule's score; of logits it is 1
 STEPS, REACH = (1, 0.2, 0.05), 10  # from coarse to fine, and how many to either side
 PIXELS_PER_PHOTO = 10_000
+TARGET = "mIoU1"  # the score that is maximised
 
 Pixels = tuple[Tensor, Tensor]  # labels (P,), and the score of each leaf (leaves, P)
 
@@ -54,16 +55,15 @@ def decide(scores: Tensor, bias: Tensor, h: Hierarchy) -> Tensor:
     return h.leaf_index(scores.device)[best]
 
 
-def value(pixels: Pixels, bias: Tensor, target: str, h: Hierarchy) -> float:
+def score(pixels: Pixels, bias: Tensor, h: Hierarchy) -> float:
     labels, scores = pixels
-    found = scores_from_confusion(confusion(decide(scores, bias, h), labels, h), h)[target]
-    return -1.0 if found is None else found
+    return scores_from_confusion(confusion(decide(scores, bias, h), labels, h), h)[TARGET] or 0.0
 
 
-def fit(pixels: Pixels, target: str, unit: float, h: Hierarchy) -> Tensor:
-    """The offset of each root that maximises the target, found one root at a time; of equals the one next to 0."""
+def fit(pixels: Pixels, unit: float, h: Hierarchy) -> Tensor:
+    """The offset of each root that maximises the score, found one root at a time; of equals the one next to 0."""
     bias = torch.zeros(len(h.roots))
-    best = value(pixels, bias, target, h)
+    best = score(pixels, bias, h)
     for step in STEPS:
         before = -1.0
         while best > before:
@@ -73,23 +73,18 @@ def fit(pixels: Pixels, target: str, unit: float, h: Hierarchy) -> Tensor:
                 for offset in sorted(grid.tolist(), key=abs):
                     tried = bias.clone()
                     tried[root] = round(offset, 4)
-                    if (found := value(pixels, tried, target, h)) > best + 1e-9:
+                    if (found := score(pixels, tried, h)) > best + 1e-9:
                         best, bias = found, tried
     return bias
 
 
 def sample(predictor: Predictor, config: Config, n_photos: int) -> Iterator[Pixels]:
-    """A random part of the labelled pixels of each of a seeded sample of train photos.
-
-    Raises: UserError when there are too few, or one is in val.
-    """
+    """A random part of the labelled pixels of a sample of train photos. Raises: UserError where one is in val."""
     h, generator = predictor.hierarchy, torch.Generator().manual_seed(config.seed)
     train = read_split(config, "train")
     if shared := {*train} & {*read_split(config, "val")}:
         raise UserError(f"{len(shared)} train ids are in val, too; an offset fitted on val photos spoils their scores")
-    if min(n_photos, len(train)) < 4:
-        raise UserError(f"{min(n_photos, len(train))} photos are too few to fit and to check; expected at least 4")
-    ids = [train[i] for i in torch.randperm(len(train), generator=generator)[:n_photos].tolist()]
+    ids = [train[i] for i in torch.randperm(len(train), generator=generator)[: max(4, n_photos)].tolist()]
     for file in progress(find_samples(ids, config.images_dir, config.labels_dir), desc="predict", unit="photo"):
         labels = torch.from_numpy(read_labels(file.labels)).flatten()
         known = (labels != h.ignore_index).nonzero().flatten()
@@ -98,27 +93,18 @@ def sample(predictor: Predictor, config: Config, n_photos: int) -> Iterator[Pixe
         yield labels[chosen], leaf_scores(predictor.decoding.rule, logits, h)
 
 
-def read_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", metavar="F", help="config of the training (default: that of config.py)")
     parser.add_argument("--checkpoint", default="best", metavar="C", help="best (default), last, or a path")
     parser.add_argument("--decode", choices=DECODE_RULES, help="the rule to fit (default: the checkpoint's own)")
-    parser.add_argument("--target", default="mIoU1", help="score to maximise (default mIoU1)")
-    parser.add_argument("--photos", type=int, default=200, metavar="N", help="train photos to use (default 200)")
+    parser.add_argument("--photos", type=int, default=200, metavar="N", help="train photos to use, 4 or more (200)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for this run")
-    return parser.parse_intermixed_args()
-
-
-def main() -> None:
-    arguments = read_arguments()
-    config, given = load_config(arguments.cfg, arguments.overrides), parse_overrides(arguments.overrides)
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.cfg, arguments.overrides)
     path = find_checkpoint(arguments.checkpoint, config.checkpoints_dir, config.root)
-    rule = arguments.decode or given.get("decode")
-    predictor = Predictor.load(path, config.device, decode=rule, root_bias={}, tta="off")
-    h, rule, target = predictor.hierarchy, predictor.decoding.rule, arguments.target
-    targets = [*(f"mIoU{level + 1}" for level in range(h.num_levels)), "pixel_accuracy"]
-    if target not in targets:
-        raise UserError(f"--target {target}: expected one of {', '.join(targets)}")
+    predictor = Predictor.load(path, config.device, decode=arguments.decode, root_bias={}, tta="off")
+    h, rule = predictor.hierarchy, predictor.decoding.rule
     fitted = path.parent / "fitted" / f"{path.stem}_{rule}.pt"  # not beside it, where a resume looks for checkpoints
     if fitted.exists():
         raise UserError(f"{fitted} exists already; move it away to fit again")
@@ -128,23 +114,20 @@ def main() -> None:
     used, held_out = (
         tuple(torch.cat(x, dim=-1) for x in zip(*part, strict=True)) for part in (parts[:split], parts[split:])
     )
-    offsets, none = fit(used, target, UNITS.get(rule, 1.0), h), torch.zeros(len(h.roots))
+    offsets, none = fit(used, UNITS.get(rule, 1.0), h), torch.zeros(len(h.roots))
     for name, pixels in ((f"the {split} train photos fitted", used), (f"{len(parts) - split} others", held_out)):
-        before, after = value(pixels, none, target, h), value(pixels, offsets, target, h)
-        print(f"{target} on {name}: {100 * before:.2f} % -> {100 * after:.2f} %")
+        before, after = score(pixels, none, h), score(pixels, offsets, h)
+        print(f"{TARGET} on {name}: {100 * before:.2f} % -> {100 * after:.2f} %")
     if after <= before:
         print("no gain on photos that were not fitted: nothing was written, decode as before")
         return
     bias = {h.names[root]: round(offset, 4) for root, offset in zip(h.roots, offsets.tolist(), strict=True) if offset}
     state = load_checkpoint(path)
     state["config"] |= {"decode": rule, "root_bias": bias}
-    try:
-        fitted.parent.mkdir(exist_ok=True)
-        write_whole(pack(state), fitted)
-    except OSError as error:
-        raise UserError(f"{fitted}: cannot be written ({error.strerror})") from None
+    fitted.parent.mkdir(exist_ok=True)
+    write_whole(pack(state), fitted)
     cfg = ["--cfg", arguments.cfg] if arguments.cfg else []
-    others = [word for word in arguments.overrides if word.partition("=")[0] not in ("decode", "root_bias")]
+    others = [word for word in arguments.overrides if not word.startswith(("decode=", "root_bias="))]
     command = shlex.join(["python", "evaluate.py", *cfg, "--checkpoint", str(fitted), *others])
     print(f"wrote {fitted}, with {rule} and root_bias {bias}; to score it on val:\n  {command}")
 

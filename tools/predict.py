@@ -41,20 +41,6 @@ from utils.visualize import write_maps
 SUFFIXES = (*PHOTO_SUFFIXES, ".tif", ".tiff", ".jfif", ".gif", ".ppm", ".pgm", ".jp2", ".tga")
 
 
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="photos, folders, globs")
-    parser.add_argument("--checkpoint", metavar="F", help="a .pt file, an experiment (default: the shipped model)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="D", help="%(default)s")
-    parser.add_argument("--scores", action="store_true", help="save the score map of every node too")
-    parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")
-    parser.add_argument("--tile", type=int, metavar="N", help="windows of N pixels; by default for large photos alone")
-    parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions in --out")
-    return parser.parse_args()
-
-
 def find_photos(paths: Sequence[str], out: Path) -> list[Path]:
     """The photos that files, folders and globs name, each once; nothing inside `out`, where predictions lie.
 
@@ -90,23 +76,30 @@ def output_names(photos: Sequence[Path]) -> list[str]:
 
 
 def write(out: Path, photo: Path, name: str, result: Result, with_scores: bool) -> None:
-    """The files of one photo, and its line. Raises: UserError when they cannot be written."""
+    """The files of one photo, and its line. Raises: OSError."""
     height, width = result.leaves.shape
     line = {"photo": str(photo), "name": name, "width": width, "height": height, "shares": result.shares}
-    try:
-        write_maps(out, name, np.asarray(result.photo), result.leaves, result.hierarchy)
-        if with_scores:
-            path = out / "scores" / f"{name}.npz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(path, scores=result.scores.astype(np.float16), names=result.hierarchy.names)
-        with open(out / "predictions.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise UserError(f"{out}: the prediction of {name} cannot be written ({error.strerror})") from None
+    write_maps(out, name, np.asarray(result.photo), result.leaves, result.hierarchy)
+    if with_scores:
+        path = out / "scores" / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, scores=result.scores.astype(np.float16), names=result.hierarchy.names)
+    with open(out / "predictions.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def main() -> int:
-    arguments = read_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="photos, folders, globs")
+    parser.add_argument("--checkpoint", metavar="F", help="a .pt file, an experiment (default: the shipped model)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/predictions"), metavar="D", help="%(default)s")
+    parser.add_argument("--scores", action="store_true", help="save the score map of every node too")
+    parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")
+    parser.add_argument("--tile", type=int, metavar="N", help="windows of N pixels; by default for large photos alone")
+    parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions in --out")
+    arguments = parser.parse_args()
     out = Path(os.path.abspath(arguments.out))
     photos = find_photos(arguments.paths, out)
     lines = out / "predictions.jsonl"

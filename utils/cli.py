@@ -26,9 +26,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away (| head)
         status = 1
     except (MemoryError, RuntimeError, OSError) as error:
+        reason = "out of memory; end other work on this machine, or ask for less (see --help)"
         if not is_out_of_memory(error):
-            raise
-        print("error: out of memory; end other work on this machine, or ask for less (see --help)", file=sys.stderr)
+            if not isinstance(error, OSError) or error.strerror is None:
+                raise
+            reason = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+        print(f"error: {reason}", file=sys.stderr)
         status = 2
     sys.exit(status or 0)
 

@@ -80,23 +80,19 @@ def gallery(
 
 
 def legend(hierarchy: Hierarchy, width: int, nodes: Sequence[int] | None = None) -> np.ndarray:
-    """Colour swatches with node names, in as many rows as `width` asks for. Shape: (h, width, 3) uint8."""
+    """Colour swatches with node names, in as many columns as `width` has room for. Shape: (h, width, 3) uint8."""
+    nodes = range(hierarchy.num_nodes) if nodes is None else nodes
     unit = min(max(13, width // 60), 100)  # the height of the letters: a wide picture is looked at from further away
-    font, line, margin, box = ImageFont.load_default(unit), round(1.7 * unit), unit // 2, round(1.1 * unit)
-    x, y, places = margin, 0, []
-    for node in range(hierarchy.num_nodes) if nodes is None else nodes:
-        length = box + unit // 2 + font.getlength(hierarchy.names[node])
-        if x + length > width and x > margin:
-            x, y = margin, y + line
-        places.append((node, x, y))
-        x += round(length) + unit
-    picture = Image.new("RGB", (width, y + line), "white")
+    font, line, box = ImageFont.load_default(unit), round(1.7 * unit), round(1.1 * unit)
+    column = round(max(font.getlength(hierarchy.names[node]) for node in nodes)) + box + 2 * unit
+    columns = max(1, width // column)
+    picture = Image.new("RGB", (width, -(-len(nodes) // columns) * line), "white")
     draw = ImageDraw.Draw(picture)
-    for node, x, y in places:
+    for i, node in enumerate(nodes):
+        x, y = unit // 2 + i % columns * column, i // columns * line
         top = y + (line - box) // 2
         draw.rectangle((x, top, x + box, top + box), fill=hierarchy.colours[node], outline="black")
-        place = (x + box + unit // 2, y + line // 2)
-        draw.text(place, hierarchy.names[node], fill="black", font=font, anchor="lm")
+        draw.text((x + box + unit // 2, y + line // 2), hierarchy.names[node], fill="black", font=font, anchor="lm")
     return np.array(picture)
 
 

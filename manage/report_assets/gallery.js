@@ -4,7 +4,7 @@
 const find = (id) => document.getElementById(id);
 const { nodes, background, paths, order, levels, photos } = JSON.parse(find("data").textContent);
 const MORE = 24; // photos at a time
-const VOID = [110, 110, 110], RIGHT_BACKGROUND = [246, 246, 246], RIGHT = [159, 211, 199], WRONG = [179, 38, 30];
+const VOID = [110, 110, 110], RIGHT = [159, 211, 199], WRONG = [179, 38, 30];
 
 const isNode = (value) => value < nodes.length;
 const share = (value, digits = 1) => (value === null ? "–" : `${(100 * value).toFixed(digits)}\u00a0%`); // unbroken
@@ -41,11 +41,7 @@ const pack = ([r, g, b, alpha = 255]) => ((alpha << 24) | (b << 16) | (g << 8) |
 const colourOf = (value) => (isNode(value) ? nodes[value].colour : VOID);
 const classAt = (value, level) => (isNode(value) ? level.table[value] : value);
 
-function difference(truth, predicted) {
-  if (!isNode(truth)) return VOID;
-  if (truth !== predicted) return WRONG;
-  return background.includes(truth) ? RIGHT_BACKGROUND : RIGHT;
-}
+const difference = (truth, predicted) => (!isNode(truth) ? VOID : truth === predicted ? RIGHT : WRONG);
 
 /** The tiles of a photo: its caption, whether the photo lies below, and the colour of a pixel. */
 function tilesOf(isLarge) {
@@ -74,8 +70,10 @@ function card(photo, isLarge) {
   const [width, height] = photo.size, key = Number(find("key").value), tiles = tilesOf(isLarge);
   const values = levels.map((_, i) => i).filter((i) => isLarge || i === 0).concat(key < levels.length ? [] : [key]);
   const texts = values.map((i) => el("span", {}, `${find("key").options[i].text} ${share(photo.values[i])}`));
-  const open = el("button", { type: "button", title: "enlarge" }, photo.id), grid = el("div", { class: "tiles" });
-  const element = el("article", { class: "card", "data-id": photo.id }, el("header", {}, open, ...texts), grid);
+  const open = el("button", { type: "button", title: "larger or smaller" }, photo.id), grid = el("div", { class: "tiles" });
+  if (isLarge) texts.push(el("a", { href: address("overlay", photo.id, "jpg"), target: "_blank" }, "full size"));
+  const kind = isLarge ? "card large" : "card", header = el("header", {}, open, ...texts);
+  const element = el("article", { class: kind, "data-id": photo.id }, header, grid);
   for (const [caption, onPhoto, colourAt] of tiles) {
     const picture = el("div", { class: "picture", style: `aspect-ratio: ${width} / ${height}` }); // nothing moves later
     if (onPhoto) picture.append(el("img", { src: address("report", photo.id, "jpg"), loading: "lazy", alt: `photo ${photo.id}` }));
@@ -85,7 +83,7 @@ function card(photo, isLarge) {
   element.style.setProperty("--ratio", width / height);
   element.style.setProperty("--columns", 1 + levels.length);
   Object.assign(element, { photo, tiles });
-  open.addEventListener("click", () => view(chosen.indexOf(photo)));
+  open.addEventListener("click", () => enlarge(element));
   near.observe(element);
   return element;
 }
@@ -117,7 +115,6 @@ function point(event) {
   const even = (share, size) => 2 * Math.floor((Math.min(Math.max(share, 0), 0.9999) * size) / 2);
   const column = even((event.clientX - box.left) / box.width, width), row = even((event.clientY - box.top) / box.height, height);
   const readout = find("readout");
-  (find("viewer").open ? find("viewer") : document.body).append(readout); // a modal dialog covers everything else
   readout.replaceChildren(...lines(element, column, row));
   readout.hidden = false;
   const left = event.clientX + 18 + readout.offsetWidth < innerWidth ? event.clientX + 18 : event.clientX - 18 - readout.offsetWidth;
@@ -141,16 +138,16 @@ function lines({ maps, photo }, column, row) {
 
 const hideReadout = () => { find("readout").hidden = true; };
 
-// --- the gallery, and one photo enlarged ---
-let chosen = [], viewed = 0; // the photos that pass the filter, in order; the one that is enlarged
+// --- the gallery ---
+let chosen = []; // the photos that pass the filter, in order
 
 function choose() {
   const key = Number(find("key").value), wanted = find("search").value.trim().toLowerCase();
-  const isBest = find("order").value === "the best", isHighWorst = key === levels.length; // violations
+  const isBest = find("order").value === "the best";
   chosen = photos.filter((photo) => photo.id.toLowerCase().includes(wanted)).sort((a, b) => {
     const [x, y] = [a.values[key], b.values[key]];
     if (x === null || y === null) return (x === null) - (y === null); // without a value: last
-    return isBest === isHighWorst ? x - y : y - x;
+    return isBest ? y - x : x - y;
   });
   find("gallery").replaceChildren();
   more();
@@ -164,36 +161,23 @@ function more() {
   find("more").textContent = `${now} of ${all.toLocaleString("en")} photos${now < all ? ": show more" : ""}`;
 }
 
-function view(index) {
-  viewed = Math.min(Math.max(index, 0), chosen.length - 1);
+/** The card of a photo with all levels in place of the one with the leaves alone, and back. */
+function enlarge(element) {
+  const other = card(element.photo, !element.matches(".large"));
   hideReadout();
-  find("viewed").replaceChildren(card(chosen[viewed], true));
-  find("viewer").querySelector("output").textContent = `${viewed + 1} of ${chosen.length.toLocaleString("en")}`;
-  find("viewer").querySelector("a").href = address("overlay", chosen[viewed].id, "jpg");
-  if (!find("viewer").open) find("viewer").showModal();
+  element.replaceWith(other);
+  other.querySelector("button").focus();
+  other.scrollIntoView({ block: "nearest" });
 }
 
-document.addEventListener("keydown", (event) => {
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!step || !find("viewer").open || event.ctrlKey || event.metaKey || event.altKey) return;
-  event.preventDefault();
-  view(viewed + step);
-});
 document.addEventListener("pointermove", (event) => event.pointerType !== "touch" && point(event));
 document.addEventListener("pointerdown", point);
 document.addEventListener("scroll", hideReadout, { passive: true });
 find("gallery").addEventListener("click", (event) => {
   const element = event.target.closest(".picture")?.closest(".card");
-  if (element && event.pointerType !== "touch") view(chosen.indexOf(element.photo)); // a touch reads
-});
-find("viewer").addEventListener("close", () => {
-  while (find("gallery").children.length <= viewed) more();
-  find("gallery").children[viewed].querySelector("button").focus();
+  if (element && event.pointerType !== "touch") enlarge(element); // a touch reads
 });
 find("more").addEventListener("click", more);
-for (const button of document.querySelectorAll("#viewer [data-step]"))
-  button.addEventListener("click", () => view(viewed + Number(button.dataset.step)));
 find("controls").addEventListener("input", choose);
 find("controls").addEventListener("submit", (event) => event.preventDefault());
-find("viewer").append(document.querySelector(".legend").cloneNode(true));
 choose();
