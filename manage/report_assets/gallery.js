@@ -4,7 +4,7 @@
 const find = (id) => document.getElementById(id);
 const { nodes, background, paths, order, levels, photos } = JSON.parse(find("data").textContent);
 const MORE = 24; // photos at a time
-const VOID = [110, 110, 110], RIGHT = [159, 211, 199], WRONG = [179, 38, 30];
+const VOID = [110, 110, 110], RIGHT = [214, 235, 229], WRONG = [179, 38, 30];
 
 const isNode = (value) => value < nodes.length;
 const share = (value, digits = 1) => (value === null ? "–" : `${(100 * value).toFixed(digits)}\u00a0%`); // unbroken
