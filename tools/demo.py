@@ -78,7 +78,7 @@ def predict(predictor: Predictor, path: str | None) -> Result | None:
     if path is None:
         return None
     with photo_named(path):
-        size, _ = photo_header(path)
+        _, size, _ = photo_header(path)
         shrink = min(1.0, (LARGEST / (size[0] * size[1])) ** 0.5, LONGEST / max(size))
         return predictor(read_photo(path, None if shrink == 1 else max(1, int(min(size) * shrink))))
 
