@@ -4,26 +4,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.config import Config
-from docs.figures.gpu_plan import CARDS, Counter, count_step, plan_table
+from docs.figures.gpu_plan import CARDS, count_step, plan_table
 from manage.network import build_network, load_hierarchy
 from tests.factory import make_data, write_config
 from tools import benchmark
-
-
-def test_the_first_round_is_not_counted_and_a_row_shows_median_lowest_and_highest() -> None:
-    calls = []
-    assert len(benchmark.rates(lambda: calls.append(1), photos=5, rounds=3)) == len(calls) - 1 == 3
-    assert benchmark.table_row("step", [4.0, 1.0, 2.0]) == "| step | 2 | 1 to 4 |"
-
-
-def test_an_operation_counts_what_it_reads_and_writes_and_a_view_nothing() -> None:
-    a, b = torch.zeros(3, 5), torch.zeros(3, 5, dtype=torch.float16)
-    with Counter() as counter:
-        (a + b).view(15)
-        torch.mm(a, a.t())
-    assert counter.operations == [(15 * 4 + 15 * 2 + 15 * 4, 0), (15 * 4 + 15 * 4 + 9 * 4, 2 * 3 * 5 * 3)]
-    counter.operations = [(10, 0), (1, 40)]
-    assert counter.seconds(peak=20, bandwidth=5) == 2 + 2  # the slower of moving and computing
 
 
 def test_a_step_has_the_flops_of_network_and_backward(slim) -> None:

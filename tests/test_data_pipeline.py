@@ -9,8 +9,7 @@ from PIL import Image
 
 from configs.config import load_config
 from manage.data import TrainLoader, ValLoader
-from manage.train_manager import TrainManager
-from tests.factory import TREE, VOID, make_data, records, write_config
+from tests.factory import TREE, VOID, make_data, write_config
 from utils.dataset import EpochBatches, Files, Photos, keep_photos
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -60,17 +59,6 @@ def test_a_kept_photo_is_decoded_once_and_others_each_time(loader, monkeypatch, 
     for _ in range(3):
         list(train)
     assert dict(counts) == dict.fromkeys(range(8), times)
-
-
-@pytest.mark.slow
-def test_trainings_with_and_without_cache_end_with_the_same_bits(data, tmp_path):
-    ends = []
-    for cache in ("off", "memory"):
-        manager = TrainManager(load_config(write_config(tmp_path, data, exp_name=cache, n_epochs=2, cache=cache)))
-        assert manager.run() == 0
-        ends.append(manager.learner.network.state_dict())
-    assert [r["loss_val"] for r in records(tmp_path, "off")] == [r["loss_val"] for r in records(tmp_path, "memory")]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_validation_sees_whole_photos_with_native_labels(data, tmp_path):

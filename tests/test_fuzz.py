@@ -46,7 +46,6 @@ ID_LINES = [*WORDS, *["", " ", "p02\r", "p03 ", "\t"] * 5, "p00", "p00.jpg", "p0
 Case = tuple[Callable[[], object], list[str]]  # what is tried, and words of which a refusal must hold one
 
 
-# --- spoiling ---
 def spoilt(value, chance: random.Random):
     """A copy with one to three places deleted, renamed, replaced, wrapped or moved; and the keys that were touched."""
     value, touched = copy.deepcopy(value), []
@@ -111,12 +110,11 @@ def with_right_sums(png: bytes) -> bytes:
     return bytes(out)
 
 
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    image.save(buffer := io.BytesIO(), kind, **options)
+def saved(image: Image.Image, kind: str) -> bytes:
+    image.save(buffer := io.BytesIO(), kind, progressive=image.mode == "L")
     return buffer.getvalue()
 
 
-# --- one good thing of each kind, and a way to spoil and use it ---
 class Workshop:
     """Makes cases in a folder; a method of the name of each kind."""
 
@@ -130,10 +128,9 @@ class Workshop:
         self.hierarchy = Hierarchy.load(TREE)
         self.manager = TrainManager(load_config(self.config_file))
         colours, labels = Image.open(self.data / "JPEGImages/p00.jpg"), Image.open(self.data / "gt_masks/p00.png")
-        kinds = [("PNG", mode, {}) for mode in ("RGB", "P", "RGBA")] + [("JPEG", mode, {}) for mode in ("RGB", "CMYK")]
-        kinds += [("JPEG", "L", {"progressive": True})]
-        self.photos = [(f".{kind.lower()}", saved(colours.convert(mode), kind, **more)) for kind, mode, more in kinds]
-        self.masks = [(".png", saved(image, "PNG")) for image in (labels, colours, labels.convert("1"))]
+        kinds = [("png", mode) for mode in ("RGB", "P", "RGBA")] + [("jpeg", mode) for mode in ("RGB", "CMYK", "L")]
+        self.photos = [(f".{kind}", saved(colours.convert(mode), kind)) for kind, mode in kinds]
+        self.masks = [(".png", saved(image, "png")) for image in (labels, colours, labels.convert("1"))]
         np.save(buffer := io.BytesIO(), np.array(labels, dtype=np.float32))
         self.masks.append((".npy", buffer.getvalue()))
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import photo_header, read_labels, read_photo, scaled_size, upright_rgb, write_indexed
+from utils.images import photo_header, read_labels, read_photo, scaled_size, upright_rgb
 
 RED = (200, 40, 40)
 LABELS = np.array([[0, 1, 2], [6, 9, 255]], np.uint8)
@@ -90,14 +90,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
             read(tmp_path / "nothing.png")
         with pytest.raises(UserError, match=r"bomb\.png .*decompression bomb"):
             read(tmp_path / "bomb.png")
-
-
-def test_what_is_written_is_read_again_with_its_colours(tmp_path):
-    write_indexed(tmp_path / "a.png", LABELS, [(9, 9, 9), RED])
-    assert (read_labels(tmp_path / "a.png") == LABELS).all()
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.mode == "P"
-        assert image.convert("RGB").getpixel((1, 0)) == RED
 
 
 NO_LABELS = {

@@ -145,11 +145,6 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_is_left_or_lost(tmp_path
     with pytest.raises(UserError, match=r"none of the 1 annotations (.|\n)*  a: no file for id"):
         run(own)
     assert not list(tmp_path.glob("*out*"))
-    out.mkdir()
-    (out / "mine").touch()
-    with pytest.raises(UserError, match=r"out: .* not empty; .*--out"):
-        run(own)
-    assert (out / "mine").exists()
     monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements-tools\.txt"):
         run(own)

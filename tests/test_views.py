@@ -64,21 +64,16 @@ UPRIGHT = [
 ]
 
 
-@pytest.mark.parametrize("view", UPRIGHT, ids=str)
-def test_an_upright_view_is_what_pillow_shows(photo, view):
-    images, seen = make([photo], [view])
+@pytest.mark.parametrize(
+    "view", [*UPRIGHT, *(v._replace(angle=angle) for v in UPRIGHT[::2][:2] for angle in (30.0, -8.0, 180.0))], ids=str
+)
+def test_a_view_is_what_pillow_shows(photo, view):
+    images, seen = make([photo], [view], rotation=180.0 if view.angle else 0.0)
     expected, labels = by_pillow(*photo, view)
-    assert np.abs(images[0].permute(1, 2, 0).numpy() - expected.astype(int)).max() <= 2
-    assert np.array_equal(seen[0].numpy(), labels)
-
-
-@pytest.mark.parametrize("angle", [30.0, -8.0, 180.0])
-@pytest.mark.parametrize("view", [UPRIGHT[0], UPRIGHT[2]], ids=str)
-def test_a_turned_view_is_what_pillow_shows(photo, view, angle):
-    view = view._replace(angle=angle)
-    images, seen = make([photo], [view], rotation=180.0)
-    expected, labels = by_pillow(*photo, view)
-    inside, away = inner(labels == VOID, 3) & (labels != VOID), inner(labels, 2)
+    everywhere = np.ones_like(labels, bool)
+    # turned, edges may fall otherwise
+    inside = inner(labels == VOID, 3) & (labels != VOID) if view.angle else everywhere
+    away = inner(labels, 2) if view.angle else everywhere
     assert min(inside.mean(), away.mean()) > 0.3
     assert np.abs(images[0].permute(1, 2, 0).numpy() - expected.astype(int))[inside].max() <= 2
     assert (seen[0].numpy() == labels)[away].all()
@@ -94,13 +89,12 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch(photo):
 
 
 @pytest.mark.parametrize(
-    ("field", "enhance"),
-    [("brightness", ImageEnhance.Brightness), ("contrast", ImageEnhance.Contrast), ("saturation", ImageEnhance.Color)],
+    ("field", "kind"), [("brightness", "Brightness"), ("contrast", "Contrast"), ("saturation", "Color")]
 )
 @pytest.mark.parametrize("factor", [0.6, 1.7])
-def test_colours_change_as_pillow_changes_them(photo, field, enhance, factor):
+def test_colours_change_as_pillow_changes_them(photo, field, kind, factor):
     images, _ = make([photo], [View(0, 0, SIZE, **{field: factor})])
-    expected = enhance(Image.fromarray(photo[0][:SIZE, :SIZE])).enhance(factor)
+    expected = getattr(ImageEnhance, kind)(Image.fromarray(photo[0][:SIZE, :SIZE])).enhance(factor)
     assert np.abs(images[0].permute(1, 2, 0).numpy() - np.array(expected).astype(int)).max() <= 2
 
 

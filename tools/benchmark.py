@@ -33,7 +33,6 @@ from manage.network import load_hierarchy
 from utils.cli import run_main
 from utils.encoding import load_encoding
 
-BATCHES = 12  # of an epoch
 Rows = Iterator[tuple[str, list[float]]]  # what is measured, and photos a second in each round
 
 
@@ -44,19 +43,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.cfg, arguments.overrides)
-    few = {"n_train_photos": BATCHES * config.batch_size, "num_workers": 0}
-    config = replace(config, **few, pretrained=False, encoder_weights=None)
+    config = replace(config, n_train_photos=12 * config.batch_size, num_workers=0)  # twelve batches are enough
+    config = replace(config, pretrained=False, encoder_weights=None)
     device, hierarchy = choose_device(config.device), load_hierarchy(config)
     learner = Learner(config, hierarchy, load_encoding(config.labels_dir, hierarchy), device)
     loader = TrainLoader(config, hierarchy, device=device)
     lines = ["| photos/s | median | lowest to highest |", "| --- | ---: | ---: |"]
     for measure in (measure_step, measure_loading):
-        lines += [table_row(title, values) for title, values in measure(learner, loader, arguments.rounds)]
+        for title, values in measure(learner, loader, arguments.rounds):
+            spread = f"{min(values):.4g} to {max(values):.4g}"
+            lines.append(f"| {title} | {statistics.median(values):.4g} | {spread} |")
     print("\n".join([*lines, "", *(f"{key}: {value}" for key, value in environment(device).items())]))
-
-
-def table_row(title: str, values: list[float]) -> str:
-    return f"| {title} | {statistics.median(values):.4g} | {min(values):.4g} to {max(values):.4g} |"
 
 
 def rates(action: Callable[[], object], photos: int, rounds: int) -> list[float]:

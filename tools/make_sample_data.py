@@ -175,13 +175,13 @@ def draw_sample(settings: Settings, index: int) -> tuple[Image.Image, Image.Imag
     return photo, Image.fromarray(np.ascontiguousarray(canvas.labels[middle, middle]))
 
 
-def make_data_set(settings: Settings, out: Path) -> bool:
-    """Writes the set, all of it or nothing; False where the same set is there already.
+def make_data_set(settings: Settings, out: Path) -> None:
+    """Writes the set, all of it or nothing, where it is not there already.
 
     Raises: UserError where `out` holds anything else, or cannot be written.
     """
     if (out / RECORD).is_file() and read_json(out / RECORD) == asdict(settings):
-        return False
+        return
     ids = [f"drawn_{index:05d}" for index in range(settings.train + settings.val)]
     with whole_folder(out) as folder:
         for name in ("JPEGImages", "gt_masks"):
@@ -197,7 +197,6 @@ def make_data_set(settings: Settings, out: Path) -> bool:
         write_ids(ids[settings.train :], folder / "val_id.txt")
         write_whole("".join(f"{label}: {name}\n" for label, name in enumerate(CLASSES)), folder / "classes.txt")
         write_json(asdict(settings), folder / RECORD)
-    return True
 
 
 def main() -> None:
@@ -211,10 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.train, args.val) < 1 or args.size < 32 or args.seed < 0:
         parser.error("--train and --val must be at least 1, --size at least 32, --seed at least 0")
-    if make_data_set(Settings(args.train, args.val, args.size, args.seed), args.out):
-        print(f"drew {args.train} photos to train on and {args.val} to score on in {args.out}")
-    else:
-        print(f"{args.out} holds this sample data already; nothing to do")
+    make_data_set(Settings(args.train, args.val, args.size, args.seed), args.out)
+    print(f"{args.out}: {args.train} photos to train on and {args.val} to score on")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".npy")
 SLIMMEST = 16  # the longer side is resized to at most so many times the short side that is asked for
 VOID_COLOUR = (224, 224, 192)  # what a label without a colour of its own looks like
-ORIENTATION = 0x0112  # EXIF tag; 1: as stored, 2 to 8: turned or mirrored
-UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation -> PIL's transposition that undoes it
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's transposition that undoes it
 
 Colour = tuple[int, int, int]
 Size = tuple[int, int]  # width, height
@@ -87,7 +86,7 @@ def scaled_size(size: Size, short_side: int) -> Size:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own method would decode the pixels
+        found = Image.Image.getexif(image).get(0x0112, 1)  # PNG's own method would decode the pixels
     except Exception:  # damaged EXIF data does not make the pixels unusable
         return 1
     return found if found in UPRIGHT else 1

@@ -18,7 +18,6 @@ ENDING = re.compile(rf"(?:_gtFine|_gtCoarse)?_({'|'.join(KINDS)})$")
 
 VOID = "void"
 VOID_NAMES = {VOID, "ignore", "unlabelled", "unlabeled"}
-LARGEST = 65535
 VALUE = r"(?:\d+\b|#[0-9a-f]{6}\b|\*)"
 VALUE_FIRST = re.compile(rf"({VALUE})[\s:=,;]+(\D.*)", re.IGNORECASE)  # 24: person
 NAME_FIRST = re.compile(rf"([^:=,;]+?)\s*[:=]\s*((?:{VALUE}[\s,;]*)+)", re.IGNORECASE)  # person: 24, 25
@@ -57,8 +56,8 @@ def read_classes(path: str | Path, names: Sequence[str]) -> dict[str, str]:
             name = _name_in_tree(text, names, f"{path}: {line!r}")
             for value in values:
                 value = str(int(value)) if value.isdigit() else value.lower()
-                if value in order or (value.isdigit() and int(value) > LARGEST):
-                    raise UserError(f"{path}: {line!r} repeats a value, or it is above {LARGEST}")
+                if value in order:
+                    raise UserError(f"{path}: {line!r} repeats the value {value}")
                 order[value] = name
             if not values:
                 raise UserError(f"{path}: {line!r} has no value; write every line as 'name: value'")
