@@ -155,33 +155,18 @@ class Predictor:
         predictor.source, predictor.epoch, predictor.origin = path, state.get("epoch", 0), state.get("origin")
         return predictor
 
-    def __call__(self, photo: Image.Image, keep_logits: bool = True) -> Result:
-        """Predicts a photo of any mode and size.
+    def __call__(self, photo: Image.Image | str | Path, keep_logits: bool = True) -> Result:
+        """Predicts a photo of any mode and size; a file is read exactly as evaluate.py reads it.
 
-        Raises: ValueError for mode F, whose pixels have no known range.
+        Raises: UserError for a file that cannot be read, ValueError for mode F, whose pixels have no known range.
         """
-        photo = fed = upright_rgb(photo)
-        if self.config.short_side is not None:
-            fed = photo.resize(scaled_size(photo.size, self.config.short_side), Image.Resampling.BILINEAR)
-        return self._predict(fed, photo, keep_logits)
-
-    def predict_file(self, path: str | Path, keep_logits: bool = True) -> Result:
-        """Predicts a photo file, read exactly as evaluate.py reads it.
-
-        Raises: UserError for a file that cannot be read.
-        """
-        photo = fed = read_photo(path)
-        if self.config.short_side is not None:
-            fed = read_photo(path, self.config.short_side)  # a JPEG decodes smaller at once
-        return self._predict(fed, photo, keep_logits)
-
-    def __str__(self) -> str:
-        tta = "" if self.how["tta"] == "off" else f", tta {self.how['tta']}"
-        return f"{self.source or self.config.exp_name}, decoded by {self.decoding}{tta}"
-
-    def _predict(self, fed: Image.Image, photo: Image.Image, keep_logits: bool) -> Result:
+        is_open, side = isinstance(photo, Image.Image), self.config.short_side
+        whole = fed = upright_rgb(photo) if is_open else read_photo(photo)
+        if side is not None:  # a JPEG decodes smaller at once
+            size = scaled_size(whole.size, side)
+            fed = whole.resize(size, Image.Resampling.BILINEAR) if is_open else read_photo(photo, side)
         image = torch.from_numpy(np.array(fed)).permute(2, 0, 1).to(self.device)
-        leaves, kept = np.empty(photo.size[::-1], np.uint8), None
+        leaves, kept = np.empty(whole.size[::-1], np.uint8), None
         if keep_logits:
             shape = (self.hierarchy.num_nodes, *leaves.shape)
             kept = torch.empty(shape, dtype=torch.float32 if math.prod(shape) <= EXACT else torch.float16)
@@ -189,4 +174,10 @@ class Predictor:
             leaves[rows] = self.decoding(logits, self.hierarchy)[0].cpu().numpy()
             if keep_logits:
                 kept[:, rows] = logits[0]
-        return Result(photo, leaves, kept, self.hierarchy)
+        return Result(whole, leaves, kept, self.hierarchy)
+
+    predict_file = __call__  # by a name that says what it is given
+
+    def __str__(self) -> str:
+        tta = "" if self.how["tta"] == "off" else f", tta {self.how['tta']}"
+        return f"{self.source or self.config.exp_name}, decoded by {self.decoding}{tta}"

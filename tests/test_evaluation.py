@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from configs.config import Config
-from manage import evaluation_manager, inference, tables
+from manage import evaluation_manager, inference
 from manage.data import Tolerance, ValLoader
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions, Scorer
 from manage.predictor import Predictor
@@ -23,7 +22,7 @@ from utils.files import read_json
 from utils.ids import read_ids
 from utils.images import read_labels
 from utils.losses import build_criterion
-from utils.metrics import LevelScores, scores_from_confusion
+from utils.metrics import LevelScores
 
 
 @pytest.fixture
@@ -157,13 +156,3 @@ def test_views_and_windows_are_recorded_and_overlays_have_the_photos_own_size(co
     with Image.open(photo) as taken, Image.open(folder / f"pictures/overlay/{photo.stem}.jpg") as drawn:
         assert drawn.width == max(taken.width, 200)  # room for the legend
         assert read_labels(folder / f"pictures/parts/{photo.stem}.png").shape == taken.size[::-1]
-
-
-# --- tables ---
-def test_tables_show_every_score_in_its_unit(tree) -> None:
-    result = scores_from_confusion(torch.eye(tree.num_nodes, dtype=torch.int64), tree)
-    result |= {"violation_rate": None, "mistake_severity": 1.25, "ECE_leaf": 0.125}
-    text = tables.table(result, tree)
-    assert re.search(r"mistake severity \| +1\.25 \|", text)
-    assert re.search(r"ECE leaf \| +12\.50 % \|", text)
-    assert "1.25" in tables.rules_table({"leaf": tables.summary(result)})

@@ -12,6 +12,6 @@ class UserError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in the machine; torch and the system say so only in words."""
-    signs = "out of memory|(not enough|n't allocate|not allocate) memory|can't start new thread"
+    signs = "out of memory|(not enough|n't allocate|not allocate) memory|(start new thread|create a primitive)$"
     in_words = isinstance(error, RuntimeError | OSError) and re.search(signs, str(error), re.IGNORECASE) is not None
     return in_words or isinstance(error, MemoryError)
