@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO
+from tests.factory import REPO
 from utils.cli import duration, map_files, progress, run_main
 from utils.errors import UserError
 

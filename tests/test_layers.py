@@ -6,29 +6,21 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
-ENTRY_POINTS = ("train.py", "evaluate.py")
-LAYERS = ("configs", "utils", "models", "manage", "tools")
+from tests.factory import REPO
+
+LAYERS = {"configs", "utils", "models", "manage", "tools", "train", "evaluate", "tests"}
 MAY_IMPORT = {
-    "configs": {"configs", "utils"},
-    "utils": {"utils"},
-    "models": {"models"},
-    "manage": {"configs", "utils", "models", "manage"},
+    **{"utils": {"utils"}, "models": {"models"}, "configs": {"configs", "utils"}},
+    **{key: {"configs", "utils", "models", "manage"} for key in ("manage", "train.py", "evaluate.py")},
     "tools": {"configs", "utils", "models", "manage", "tools"},
-    "train.py": {"configs", "utils", "models", "manage"},
-    "evaluate.py": {"configs", "utils", "models", "manage"},
 }
 SOURCES = sorted(path for top in MAY_IMPORT for path in [REPO / top, *(REPO / top).rglob("*.py")] if path.is_file())
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file imports; those for type checkers alone do not count."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = []
+    """Full names of the modules that a file imports."""
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -43,16 +35,14 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_a_layer_imports_only_itself_and_layers_below(path):
-    layer = path.relative_to(REPO).parts[0]
     tops = {name.split(".")[0] for name in imports(path)}
-    assert tops & {*LAYERS, "train", "evaluate", "tests"} <= MAY_IMPORT[layer]
+    assert tops & LAYERS <= MAY_IMPORT[path.relative_to(REPO).parts[0]]
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "models").rglob("*.py")), ids=name_of)
 def test_models_need_torch_and_torchvision_alone(path):
-    optional = {"timm.py": {"timm"}, "weights.py": {"safetensors"}}.get(path.name, set())
     foreign = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
-    assert foreign <= {"torch", "torchvision", "models"} | optional
+    assert foreign <= {"torch", "torchvision", "models", *["timm"] * (path.name == "timm.py")}
 
 
 @pytest.mark.parametrize("name", ["utils/dataset.py", "utils/memory.py", "utils/views.py", "utils/images.py"])

@@ -19,8 +19,9 @@ from tests.kill import before_step, kill_at, kill_half_written, wait_until_there
 
 pytestmark = pytest.mark.slow
 KILLS = 10  # in each of two tests
-PLAIN = {"n_epochs": 4, "val_every": 2, "num_workers": 0, "optimizer": "sgd"}
-RICH = PLAIN | {"num_workers": 2, "optimizer": "adamw", "ema_decay": 0.9, "color_jitter": 0.3, "accumulate": 2}
+RICH = {"n_epochs": 4, "val_every": 2, "num_workers": 2, "optimizer": "adamw", "ema_decay": 0.9, "accumulate": 2}
+RICH |= {"color_jitter": 0.3}
+PLAIN = RICH | {"num_workers": 0, "optimizer": "sgd", "ema_decay": 0, "accumulate": 1, "color_jitter": 0}
 FOLDER = "experiments/{}/models_checkpoints"
 
 
@@ -29,20 +30,27 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("resume") / "data")
 
 
+def train(root, data, *arguments, status=0, prepare=(), **keys) -> str:
+    """Trains to an exit status; returns the output."""
+    cfg = write_config(root, data, **RICH | keys)
+    found, output = run("train.py", "--cfg", cfg, *arguments, log=root / "log", prepare=prepare)
+    assert found == status, output
+    return output
+
+
 @pytest.fixture(scope="module")
 def left_alone(data, tmp_path_factory):
     """Trains with some keys, and nobody disturbs it; returns its folder and how long it took."""
 
     @functools.cache
-    def train(workers: int) -> tuple[Path, float]:
+    def start(workers: int) -> tuple[Path, float]:
         root = tmp_path_factory.mktemp("untouched")
         run("train.py", "--help", log=root / "log")  # the fork server has started, so the clock tells of the run
-        cfg, began = write_config(root, data, **(RICH if workers else PLAIN)), time.monotonic()
-        status, output = run("train.py", "--cfg", cfg, log=root / "log", prepare=[(save_each_step,)])
-        assert status == 0, output
+        began = time.monotonic()
+        train(root, data, prepare=[(save_each_step,)], **(RICH if workers else PLAIN))
         return root, time.monotonic() - began
 
-    return train
+    return start
 
 
 @pytest.fixture
@@ -52,15 +60,8 @@ def untouched(left_alone):
 
 @pytest.fixture
 def resume(data, tmp_path):
-    """Trains in tmp_path with the keys of the untouched run to an exit status; returns the output."""
-
-    def train(*arguments, status=0, prepare=(), **keys):
-        cfg = write_config(tmp_path, data, **RICH | keys)
-        found, output = run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
-        assert found == status, output
-        return output
-
-    return train
+    """Trains in tmp_path with the keys of the untouched run."""
+    return functools.partial(train, tmp_path, data)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def copied(untouched, tmp_path):
 def digests(root: Path, name: str = "last", experiment: str = "tiny") -> dict[str, str]:
     """One for each thing in a checkpoint (weights, averages, optimiser, random states, ...), clock and places apart."""
     state = load_checkpoint(root / FOLDER.format(experiment) / f"{name}.pt")
-    del state["seconds"], state["config"]["root_dir"], state["config"]["exp_name"]
+    del state["config"]["root_dir"], state["config"]["exp_name"]
     return {key: hashlib.sha256(pack({key: value})).hexdigest() for key, value in state.items()}
 
 
@@ -148,10 +149,7 @@ def test_a_signal_ends_at_the_next_step_and_the_run_goes_on_by_the_command_it_pr
 def test_nohup_is_respected_and_a_second_signal_ends_at_once(resume, data, tmp_path):
     nohup = (signal.signal, signal.SIGHUP, signal.SIG_IGN)
     resume(prepare=[nohup, (before_step, 1, signal.raise_signal, signal.SIGHUP)], n_epochs=1)
-    cfg, prepare = (
-        write_config(tmp_path, data, exp_name="second"),
-        [(before_step, 1, wait_until_there, "/no/such/place")],
-    )
+    cfg, prepare = write_config(tmp_path, data, exp_name="second"), [(before_step, 1, wait_until_there, "/no/place")]
     child = Child("train.py", "--cfg", cfg, log=tmp_path / "log", prepare=prepare)
     child.wait_for("waiting")
     for _ in range(2):
@@ -187,12 +185,14 @@ def test_an_older_checkpoint_is_gone_on_from_under_a_new_name_alone(untouched, r
 @pytest.mark.parametrize("keys", [{"amp": "fp16"}, {"n_train_photos": 4, "keep": 1}], ids=["fp16", "resnet"])
 def test_the_scale_of_fp16_and_a_resnet_are_resumed_to_the_same_bits(data, tmp_path, keys):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    runs = [(whole, [], 0), (parted, [(save_each_step,), (before_step, 1, os._exit, 9)], 9), (parted, [], 0)]
-    for root, prepare, expected in runs:
+    for root, prepare, expected in [
+        (whole, [], 0),
+        (parted, [(save_each_step,), (before_step, 1, os._exit, 9)], 9),
+        (parted, [], 0),
+    ]:
         cfg = write_config(root, data, **keys | {"n_epochs": 1, "n_val_photos": 1})
         words = ("--cfg", cfg, "--resume", "auto")
         status, output = run("train.py", *words, log=root / "log", real="amp" not in keys, prepare=prepare)
         assert status == expected, output
     assert "at epoch 1, batch 2" in output
     assert digests(parted) == digests(whole)
-    assert records(parted) == records(whole)
