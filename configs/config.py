@@ -30,12 +30,13 @@ CRITERIA = {  # a loss -> the decoding rule that suits what it trains: every nod
     "node_ce": "level_sum",
 }
 DECODE_RULES = ("logit_sum", "prob_sum", "prob_mean", "leaf", "tree_min", "mass", "level_sum")
+CACHES, AMP = ("auto", "memory", "device", "off"), ("auto", "off", "bf16", "fp16")
 TTA = ("off", "flip", "full")  # flip doubles the work, full is 17 times as much
 METRICS = ("mIoU", "mIoU_with_background", "pixel_accuracy", "violation_rate")
 
 # Keys that may differ when a run is resumed: they change where and how, not what is computed.
 RESUMABLE_CHANGES = frozenset(
-    "root_dir root_data_dir device num_workers timeout_minutes cache save_epoch keep skip_unreadable "
+    "exp_name root_dir root_data_dir device num_workers timeout_minutes cache save_epoch keep skip_unreadable "
     "eval_checkpoint decode root_bias tta metrics log_every".split()
 )
 
@@ -56,9 +57,13 @@ def knob(default, help: str, **rule):
     return dataclasses.field(default=default, metadata={"help": help, **rule})
 
 
-def place(key: str, below: str | None = None) -> property:
-    """The path that a key holds: below another place or the repository, where it is not absolute or in "~"."""
-    return property(lambda config: getattr(config, below or "repository") / os.path.expanduser(getattr(config, key)))
+def place(below: str, *parts: str) -> property:
+    """A path below another place; in a part stands {key} for a key's value, which may be absolute or begin with "~"."""
+
+    def path(config: "Config") -> Path:
+        return getattr(config, below).joinpath(*(os.path.expanduser(part.format(**vars(config))) for part in parts))
+
+    return property(path)
 
 
 @dataclass
@@ -84,9 +89,7 @@ class Config:
     hierarchy: str = knob("configs/hierarchies/pascal_part.json", "the label tree; relative to the repository")
     n_classes: int | None = knob(None, "nodes of the tree; derived from it, and checked if given", low=1)
     num_workers: int | str = knob("auto", "threads that read photos ahead, 0: none", low=0, high=256, choices=("auto",))
-    cache: str = knob(
-        "auto", "where decoded photos are kept; auto: where they fit", choices=("auto", "memory", "device", "off")
-    )
+    cache: str = knob("auto", "where decoded photos are kept; auto: where they fit", choices=CACHES)
     skip_unreadable: int = knob(0, "damaged photos left out before it stops: of train, of val, in each process", low=0)
 
     # --- photo size and augmentation ---
@@ -126,14 +129,8 @@ class Config:
     n_epochs: int = knob(100, "passes over the training set", low=1)
 
     # --- speed ---
-    amp: str = knob(
-        "auto",
-        "mixed precision, which rounds differently; auto: bf16 on GPUs that have it, off on CPUs",
-        choices=("auto", "off", "bf16", "fp16"),
-    )
-    channels_last: bool | str = knob(
-        "auto", "memory layout, moves rounding alone; auto: on GPUs with amp", choices=("auto",)
-    )
+    amp: str = knob("auto", "mixed precision, which rounds differently; auto: bf16 on GPUs that have it", choices=AMP)
+    channels_last: bool | str = knob("auto", "memory layout; auto: on GPUs with amp", choices=("auto",))
     compile: bool = knob(False, "torch.compile network and criterion; pays off in long runs")
     freeze_batchnorm: bool = knob(False, "keep the BatchNorm statistics of the start, for small batches")
     timeout_minutes: float = knob(10.0, "a process of several that hangs so long ends the run", above=0, high=10000)
@@ -151,7 +148,21 @@ class Config:
     eval_checkpoint: str | None = knob(None, "what evaluate.py scores: best, last, checkpoint_<epoch> or a path")
 
     def __post_init__(self) -> None:
-        _check(self)
+        for key, field in FIELDS.items():
+            setattr(self, key, checked(key, getattr(self, key), TYPES[key], field.metadata))
+        crop, jitter, channels = self.crop_size, self.scale_jitter, self.decoder_channels
+        if crop % 32:
+            raise UserError(f"key 'crop_size': {crop} is not a multiple of 32; use {crop // 32 * 32 + 32}")
+        if jitter is not None and (len(jitter) != 2 or jitter[0] > jitter[1]):
+            raise UserError(f"key 'scale_jitter': expected [smallest, largest], found {jitter}")
+        if self.batch_size == 1 and crop == 32 and not self.freeze_batchnorm:
+            raise UserError("keys 'batch_size' 1 and 'crop_size' 32 leave BatchNorm one value; raise one of them")
+        if len(channels) != 5:
+            raise UserError(f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(channels)}")
+        if isinstance(self.criterion, dict) and not sum(self.criterion.values()) > 0:
+            raise UserError("key 'criterion': expected at least one loss with a weight above 0")
+        if self.pretrained and self.encoder_weights is not None:
+            raise UserError("keys 'pretrained' and 'encoder_weights' exclude each other: set pretrained=false")
 
     @property
     def decode_rule(self) -> str:
@@ -160,28 +171,15 @@ class Config:
 
     # --- places ---
     repository = REPOSITORY
-    root = place("root_dir")
-    hierarchy_file = place("hierarchy")
-    data_dir = place("root_data_dir", below="root")
-    images_dir = place("img_dir", below="data_dir")
-    labels_dir = place("gt_dir", below="data_dir")
-
-    @property
-    def experiment_dir(self) -> Path:
-        return self.root / "experiments" / self.exp_name
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.experiment_dir / "models_checkpoints"
-
-    @property
-    def copy_file(self) -> Path:
-        """The run's own complete config: where it stands, there is something to resume."""
-        return self.experiment_dir / "configs" / f"{self.exp_name}.json"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        return self.root / "tensorboard" / self.exp_name
+    root = place("repository", "{root_dir}")
+    hierarchy_file = place("repository", "{hierarchy}")
+    data_dir = place("root", "{root_data_dir}")
+    images_dir = place("data_dir", "{img_dir}")
+    labels_dir = place("data_dir", "{gt_dir}")
+    experiment_dir = place("root", "experiments", "{exp_name}")
+    checkpoints_dir = place("experiment_dir", "models_checkpoints")
+    tensorboard_dir = place("root", "tensorboard", "{exp_name}")
+    copy_file = place("experiment_dir", "configs", "{exp_name}.json")  # complete; where it stands, a run can go on
 
     def ids_file(self, split: str) -> Path:
         """The id list of the split "train" or "val"."""
@@ -263,24 +261,6 @@ def differences(ours: Config, theirs: Config) -> dict[str, tuple]:
     """Key -> (ours, theirs) for the keys that differ."""
     a, b = ours.to_dict(), theirs.to_dict()
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
-
-
-def _check(config: Config) -> None:
-    for key, field in FIELDS.items():
-        setattr(config, key, checked(key, getattr(config, key), TYPES[key], field.metadata))
-    crop, jitter, channels = config.crop_size, config.scale_jitter, config.decoder_channels
-    if crop % 32:
-        raise UserError(f"key 'crop_size': {crop} is not a multiple of 32; use {crop // 32 * 32 + 32}")
-    if jitter is not None and (len(jitter) != 2 or jitter[0] > jitter[1]):
-        raise UserError(f"key 'scale_jitter': expected [smallest, largest], found {jitter}")
-    if config.batch_size == 1 and crop == 32 and not config.freeze_batchnorm:
-        raise UserError("keys 'batch_size' 1 and 'crop_size' 32 leave BatchNorm one value; raise one of them")
-    if len(channels) != 5:
-        raise UserError(f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(channels)}")
-    if isinstance(config.criterion, dict) and not sum(config.criterion.values()) > 0:
-        raise UserError("key 'criterion': expected at least one loss with a weight above 0")
-    if config.pretrained and config.encoder_weights is not None:
-        raise UserError("keys 'pretrained' and 'encoder_weights' exclude each other: set pretrained=false for the file")
 
 
 def _keys() -> str:

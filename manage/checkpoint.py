@@ -49,7 +49,11 @@ def load_checkpoint(path: str | Path) -> dict:
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds Python objects, which would run code"
         raise DamagedCheckpoint(f"{path}: truncated, damaged, or no checkpoint ({reason}); use another one") from None
-    _check_content(state, path)
+    for key, kind in _CONTENT.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise DamagedCheckpoint(f"{path}: holds no usable {key!r}; expected a checkpoint written by train.py")
+    if state["format"] > FORMAT:
+        raise UserError(f"{path}: is of format {state['format']}, this version reads up to {FORMAT}")
     return state
 
 
@@ -102,14 +106,6 @@ def find_model(name: str, root: Path) -> Path:
         if os.path.isfile(folder / "models_checkpoints" / "best.pt"):
             return folder / "models_checkpoints" / "best.pt"
     return find_checkpoint(name, root / "experiments", root)
-
-
-def _check_content(state, path: Path) -> None:
-    for key, kind in _CONTENT.items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-            raise DamagedCheckpoint(f"{path}: holds no usable {key!r}; expected a checkpoint written by train.py")
-    if state["format"] > FORMAT:
-        raise UserError(f"{path}: is of format {state['format']}, this version reads up to {FORMAT}")
 
 
 def _newest_first(folder: Path) -> list[Path]:

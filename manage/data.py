@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from configs.config import Config
+from manage import distributed
 from utils.cli import cores
 from utils.dataset import Draw, EpochBatches, Photos, Sample, find_samples
 from utils.encoding import Encoding, check_encoded, load_encoding
@@ -46,15 +47,14 @@ class TrainLoader:
     `batches` says which epoch is read. Raises: UserError for files that are missing.
     """
 
-    def __init__(
-        self, config: Config, hierarchy: Hierarchy, rank: int = 0, world: int = 1, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, config: Config, hierarchy: Hierarchy, device: torch.device = CPU) -> None:
         if config.hflip > 0:
             hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
         jitter = (config.scale_jitter, config.hflip, config.rotation, config.color_jitter)
         mirror = hierarchy.mirror and torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)])
         self.views = RandomViews(config.crop_size, hierarchy.ignore_index, config.short_side, *jitter, mirror, device)
         self.photos = _photos(config, hierarchy, read_split(config, "train"), n_threads(config, without_gpu=1))
+        rank, world = distributed.rank(), distributed.world()
         size = min(config.batch_size, max(1, len(self.photos) // (world * config.accumulate)))
         self.photos.ahead = 4 * size
         self.batches = EpochBatches(len(self.photos), size, config.seed, rank, world, config.accumulate)
@@ -78,18 +78,10 @@ class TrainLoader:
 class ValLoader:
     """Whole photos on the device, one at a time, their labels at native size; each belongs to one process."""
 
-    def __init__(
-        self,
-        config: Config,
-        hierarchy: Hierarchy,
-        ids: list[str],
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device = CPU,
-    ) -> None:
+    def __init__(self, config: Config, hierarchy: Hierarchy, ids: list[str], device: torch.device = CPU) -> None:
         threads = n_threads(config, without_gpu=0)
         self.photos = _photos(config, hierarchy, ids, threads, ahead=4 * threads, native_labels=True)
-        self.indices, self.device = range(rank, len(self.photos), world), device
+        self.indices, self.device = range(distributed.rank(), len(self.photos), distributed.world()), device
 
     def __len__(self) -> int:
         return len(self.indices)

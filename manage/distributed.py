@@ -99,15 +99,12 @@ def largest(value: int) -> int:
 
 def choose_device(name: str) -> torch.device:
     """The device of this process. Raises: UserError when it is not there."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        device = device if device.index is not None else torch.device("cuda", local_rank)
-        if device.index >= count:
-            raise UserError(f"key 'device': {name!r} is not there (this machine has {count} GPUs); use auto or cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and device.index >= count:
+        raise UserError(f"key 'device': {name!r} is not there (this machine has {count} GPUs); use auto or cpu")
     return device
 
 

@@ -219,7 +219,7 @@ class EvaluationManager:
         self.config = config = replace(config, short_side=self.trained_with.short_side)
         check_data(config, self.hierarchy, ["val"])
         self.ids = read_split(config, "val")[: options.limit]
-        self.loader = ValLoader(config, self.hierarchy, self.ids, distributed.rank(), distributed.world(), self.device)
+        self.loader = ValLoader(config, self.hierarchy, self.ids, self.device)
         self.tolerance = Tolerance(config.skip_unreadable, self.ids)
         first, rules = self.predictor.decoding, DECODE_RULES if options.all_rules else ()
         self.decodings = [first, *(Decoding(rule, {}) for rule in rules if rule != first.rule)]

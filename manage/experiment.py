@@ -54,13 +54,13 @@ def open_experiment(config: Config, lock: Lock, take_over: bool = False) -> None
     remove_unfinished(config.checkpoints_dir)
 
 
-def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: str, lists: dict, is_new: bool) -> None:
-    """Whether a run can go on from a checkpoint; under a new name, if it is `is_new`.
+def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: str, lists: dict) -> None:
+    """Whether a run can go on from a checkpoint.
 
     Raises: UserError where the tree, a key that changes results, or the `lists` of photos differ; n_epochs may grow.
     """
     theirs = config_from_dict(state["config"], f"{source}, its config", is_record=True)
-    allowed = {*RESUMABLE_CHANGES, *["exp_name"] * is_new, *["n_epochs"] * (config.n_epochs > theirs.n_epochs)}
+    allowed = {*RESUMABLE_CHANGES, *["n_epochs"] * (config.n_epochs > theirs.n_epochs)}
     changed = {key: pair for key, pair in differences(config, theirs).items() if key not in allowed}
     faults = [f"{key}: {then!r} then, {now!r} now" for key, (now, then) in changed.items()]
     tree = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
@@ -89,21 +89,12 @@ def write_records(config: Config, hierarchy: Hierarchy, device: torch.device, wo
 
 
 # --- what stands in records and on the screen ---
-def resume_line(config: Config) -> str:
-    """How to go on, to be typed where this process was started."""
-    return f"go on with: {command('train.py', config, '--resume')}"
-
-
 def command(script: str, config: Config, *options: str) -> str:
     """What goes on with a run, to be typed where this process was started."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     start = ["torchrun", f"--nproc_per_node={processes}"] if processes > 1 else ["python"]
-    here = Path.cwd()
-    paths = [
-        path.relative_to(here) if path.is_relative_to(here) else path
-        for path in (REPOSITORY / script, config.copy_file)
-    ]
-    return shlex.join([*start, str(paths[0]), "--cfg", str(paths[1]), *options])
+    words = [*start, REPOSITORY / script, "--cfg", config.copy_file, *options]
+    return shlex.join(str(word).removeprefix(f"{Path.cwd()}{os.sep}") for word in words)
 
 
 def environment(device: torch.device) -> dict:

@@ -1,6 +1,7 @@
 """The network and what changes it: one optimiser step, and all of it that a checkpoint holds."""
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -13,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.config import Config
 from manage import distributed
 from manage.inference import autocast, chosen_amp
-from manage.network import build_network, load_start_weights, load_weights, start_head
+from manage.network import build_network, load_start_weights, load_weights
 from manage.training_report import say
-from models.ema import EMA
 from utils.dataset import Sample
 from utils.encoding import Encoding
 from utils.hierarchy import Hierarchy
@@ -35,7 +35,8 @@ class Learner:
         is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
         self.layout = torch.channels_last if is_channels_last else torch.preserve_format
         self.network = build_network(config, hierarchy)
-        start_head(self.network, hierarchy, encoding.pixels)
+        pixels = torch.tensor(encoding.pixels, dtype=torch.float64)  # of each node
+        self.network.segmentation_head.start_at(pixels / pixels[list(hierarchy.roots)].sum().clamp(min=1))
         self.network.to(device, memory_format=self.layout)
         self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
         self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, config.compile)
@@ -139,6 +140,30 @@ class Learner:
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
         return norm
+
+
+class EMA:
+    """`module` is the average: validated, kept in checkpoints and used for prediction.
+
+    In its first updates the decay grows as (1 + n) / (10 + n) up to `decay`, so that a short run does not average in
+    its random start. The number of updates is a plain number: nothing waits for the device.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Takes the network's weights of now into the average; counters are copied."""
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = [*zip(self.module.state_dict().values(), network.state_dict().values(), strict=True)]
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([own for own, _ in averaged], [new for _, new in averaged], weight)
+        for own, new in pairs:
+            if not own.is_floating_point():
+                own.copy_(new)
+        self.updates += 1
 
 
 def seed_everything(config: Config) -> None:

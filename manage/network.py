@@ -1,7 +1,6 @@
 """Config and tree -> network, and back from a checkpoint."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,13 +33,6 @@ def build_network(config: Config, hierarchy: Hierarchy, subpixel: bool = False) 
         return HSEG(config.encoder, hierarchy.num_nodes, decoder_channels=config.decoder_channels, subpixel=subpixel)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"key 'encoder': {error}") from None
-
-
-def start_head(network: HSEG, hierarchy: Hierarchy, pixel_counts: Sequence[int]) -> None:
-    """Lets the head start at the classes' shares. Shape: pixels of each node."""
-    counts = torch.tensor(pixel_counts, dtype=torch.float64)
-    shares = counts / counts[list(hierarchy.roots)].sum().clamp(min=1)
-    network.segmentation_head.start_at(shares.clamp(1e-4, 1 - 1e-4).logit().float())
 
 
 def load_start_weights(network: HSEG, hierarchy: Hierarchy, config: Config, say=print) -> None:

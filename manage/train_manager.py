@@ -30,7 +30,7 @@ from utils.schedules import lr_factor
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
 LATE_STEPS = 4  # so many steps later the numbers of a step are read: nothing waits for the device
 STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]  # save, and end
-PROGRESS = ("epoch", "batch", "step", "loss_sum", "loss_steps", "best", "best_epoch")  # kept in checkpoints
+PROGRESS = ("epoch", "batch", "step", "loss_sum", "best", "best_epoch")  # kept in checkpoints
 
 
 class Interrupted(Exception):
@@ -46,15 +46,14 @@ class TrainManager:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device, self.world = distributed.choose_device(config.device), distributed.world()
-        rank, world = distributed.rank(), self.world
         self.hierarchy = load_hierarchy(config)
         Decoding.of(config).biases(self.hierarchy)  # which can refuse them
         encoding = check_data(config, self.hierarchy)
         seed_everything(config)
-        self.loader = TrainLoader(config, self.hierarchy, rank, world, self.device)
+        self.loader = TrainLoader(config, self.hierarchy, self.device)
         self.batches = self.loader.batches
         self.train_ids, self.val_ids = read_split(config, "train"), read_split(config, "val")
-        self.val_loader = ValLoader(config, self.hierarchy, self.val_ids, rank, world, self.device)
+        self.val_loader = ValLoader(config, self.hierarchy, self.val_ids, self.device)
         splits = {"train": self.loader.photos, "val": self.val_loader.photos}
         self.kept_photos = keep_photos(splits, config.cache, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
@@ -63,7 +62,6 @@ class TrainManager:
         self.loader.views.show_outside(self.learner.network.input_mean)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
-        self.loss_steps = 0
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.tolerance = Tolerance(config.skip_unreadable, self.train_ids)
@@ -72,7 +70,7 @@ class TrainManager:
         self.is_whole = True  # between two steps, all of them finite as far as is known
         self.signal: int | None = None  # what this process was told
         self.lock, self.report = Lock(config.experiment_dir), TrainingReport(config, self.hierarchy, self.device)
-        self.records = (config, self.hierarchy, self.device, world)
+        self.records = (config, self.hierarchy, self.device, self.world)
 
     # --- opening ---
     def run(self, resume: str | None = None, overwrite: bool = False, take_over: bool = False) -> int:
@@ -117,7 +115,7 @@ class TrainManager:
         if source is None:
             self.learner.start()
         else:
-            self._go_on_from(source, is_new)
+            self._go_on_from(source)
         if is_new:
             distributed.on_main_only(experiment.create_experiment, config, self.lock, overwrite, take_over)
         if not (config.checkpoints_dir / "best.pt").is_file():
@@ -127,13 +125,13 @@ class TrainManager:
         distributed.on_main_only(experiment.write_records, *self.records)
         distributed.on_main_only(self.report.open, self.step, self.epoch)
 
-    def _go_on_from(self, file: Path, is_new: bool) -> None:
+    def _go_on_from(self, file: Path) -> None:
         """Takes over a checkpoint's state.
 
         Raises: UserError where it is damaged, or of another config, tree, network or list of photos.
         """
         state, source, photos = load_checkpoint(file), str(file), self.world * self.batches.batch_size
-        experiment.check_same_run(self.config, self.hierarchy, state, source, self._lists(), is_new)
+        experiment.check_same_run(self.config, self.hierarchy, state, source, self._lists())
         try:
             self.load_state(state, source)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -200,7 +198,6 @@ class TrainManager:
         lr = self._lr()
         values = self.learner.step(group, lr, self._is_frozen())
         self.loss_sum += values[0]
-        self.loss_steps += 1
         self.late.append(Step(self.step + 1, lr, [batch.index for batch in group], values))
         return values[0]
 
@@ -228,7 +225,7 @@ class TrainManager:
         config, number, result = self.config, self.epoch + 1, None
         is_last, before = number == config.n_epochs, (self.best, self.best_epoch)
         record = {"epoch": number, "step": self.step, "lr": self.learner.optimizer.param_groups[0]["lr"]}
-        record["loss_train"] = float(self.loss_sum) / self.loss_steps
+        record["loss_train"] = float(self.loss_sum) / self.steps_per_epoch
         record["photos_per_second"] = self.photos_per_second
         if is_last or number % config.val_every == 0:
             result = self._validate()
@@ -237,7 +234,7 @@ class TrainManager:
         if is_best := self._is_best(score):
             self.best, self.best_epoch = score, number
         self.report.epoch(record, result)
-        self.epoch, self.batch, self.loss_steps = number, 0, 0
+        self.epoch, self.batch = number, 0
         self.loss_sum.zero_()
         is_kept = is_last or number % config.save_epoch == 0
         written = self.save(*["best"] * is_best, *[f"checkpoint_{number}"] * is_kept, "last")
@@ -319,6 +316,7 @@ class TrainManager:
             done = self.batch * state["world"] // self.world
             self.batch = min(done // self.config.accumulate * self.config.accumulate, self.batches.n_batches)
             self.step = self.epoch * self.steps_per_epoch + self.batch // self.config.accumulate
+            self.loss_sum *= state["world"] / self.world
         self.tolerance.faults, self.val_tolerance.faults = map(dict, state["faults"])
 
     def _lists(self) -> dict[str, str]:
@@ -336,7 +334,8 @@ class TrainManager:
             saved = self.save("last")
         except UserError as worse:
             return str(worse)
-        return f"{text}. All steps before it are saved; {experiment.resume_line(self.config)}" if saved else text
+        going_on = experiment.command("train.py", self.config, "--resume")
+        return f"{text}. All steps before it are saved; go on with: {going_on}" if saved else text
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.signal is not None:  # the second one ends at once

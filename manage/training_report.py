@@ -14,7 +14,7 @@ from tqdm import tqdm
 from configs.config import Config, differences
 from manage import distributed
 from manage.evaluation_manager import Validation
-from manage.experiment import command, resume_line
+from manage.experiment import command
 from manage.inference import chosen_amp
 from utils.cli import duration, progress
 from utils.files import write_whole
@@ -139,7 +139,8 @@ class TrainingReport:
         say(f"done, {score}; all is in {config.experiment_dir}. Score it: {scoring}")
 
     def farewell(self, number: int, step: int, is_saved: bool) -> None:
-        end = f"all is saved; {resume_line(self.config)}" if is_saved else "nothing could be saved since the last save"
+        going_on = f"all is saved; go on with: {command('train.py', self.config, '--resume')}"
+        end = going_on if is_saved else "nothing could be saved since the last save"
         say(f"stopped by {signal.Signals(number).name} after step {step}; {end}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import models.hseg
-from tests.factory import REPO, SlimEncoder
+from tests.factory import REPO, SlimEncoder, make_data
 from tools.make_sample_data import Settings, make_data_set
 from utils.encoder import Encoder
 from utils.hierarchy import Hierarchy
@@ -25,10 +25,7 @@ def tree() -> Hierarchy:
     return Hierarchy.load(REPO / "configs" / "hierarchies" / "pascal_part.json")
 
 
-@pytest.fixture(scope="session")
-def h(tree) -> Hierarchy:
-    """The tree, where formulas are tested."""
-    return tree
+h = tree  # its name where formulas are tested
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +35,12 @@ def sample_data(tmp_path_factory, tree) -> Path:
     make_data_set(SAMPLE, folder)
     Encoder(folder / "gt_masks", folder / "JPEGImages", folder / "gt_masks_hie", tree).run()
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Eight train and three val photos of noise over blocks, with their encoding; to be read only."""
+    return make_data(tmp_path_factory.mktemp("noise") / "data")
 
 
 @pytest.fixture
@@ -66,22 +69,18 @@ def browser():
     chromium.quit()
 
 
-@pytest.fixture(scope="session")
-def pascal_part_root() -> Path:
-    return _folder_of("PASCAL_PART_ROOT", "the prepared Pascal-Person-Part set")
+def _folder_of(variable: str, what: str):
+    """A fixture: the folder that a variable of the environment names."""
+
+    @pytest.fixture(scope="session")
+    def folder() -> Path:
+        if not os.environ.get(variable):
+            pytest.skip(f"needs {what}: set {variable} to its folder")
+        return Path(os.environ[variable])
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def pascal_part_raw() -> Path:
-    return _folder_of("PASCAL_PART_RAW", "raw Pascal-Part annotations")
-
-
-@pytest.fixture(scope="session")
-def hseg_weights() -> Path:
-    return _folder_of("HSEG_WEIGHTS", "ImageNet weights of MobileNetV2 and EfficientNet-Lite0")
-
-
-def _folder_of(variable: str, what: str) -> Path:
-    if not os.environ.get(variable):
-        pytest.skip(f"needs {what}: set {variable} to its folder")
-    return Path(os.environ[variable])
+pascal_part_root = _folder_of("PASCAL_PART_ROOT", "the prepared Pascal-Person-Part set")
+pascal_part_raw = _folder_of("PASCAL_PART_RAW", "raw Pascal-Part annotations")
+hseg_weights = _folder_of("HSEG_WEIGHTS", "ImageNet weights of MobileNetV2 and EfficientNet-Lite0")

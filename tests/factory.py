@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import evaluate
 import manage.train_manager
 import models.hseg
-import train
+import train as train_script
 from utils.cli import run_main
 from utils.encoder import Encoder
 from utils.hierarchy import Hierarchy
 
-MAINS = {"train.py": train.main, "evaluate.py": evaluate.main}
+MAINS = {"train.py": train_script.main, "evaluate.py": evaluate.main}
 REPO = Path(__file__).resolve().parents[1]
 TREE = REPO / "configs" / "hierarchies" / "pascal_part.json"
 BODY, VOID = 6, 255  # the largest leaf id, and ignore_index
@@ -144,10 +144,12 @@ class Child:
         return self.log.read_text()
 
 
-def run(script: str, *arguments, log: Path, real: bool = False, prepare: list[tuple] = ()) -> tuple[int, str]:
-    """Exit status and output of one run."""
-    child = Child(script, *arguments, log=log, real=real, prepare=prepare)
-    return child.wait(), child.output
+def train(root: Path, data: Path, *arguments, status: int = 0, real: bool = False, prepare: list[tuple] = (), **keys):
+    """What one run of train.py printed, with some keys of the config; it ends with that status."""
+    cfg = write_config(root, data, **keys)
+    child = Child("train.py", "--cfg", cfg, *arguments, log=root / "log", real=real, prepare=prepare)
+    assert child.wait() == status, child.output
+    return child.output
 
 
 def save_each_step() -> None:

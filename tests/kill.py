@@ -1,6 +1,6 @@
 """A child process that dies or fails at a named point, told by Python's own audit events: no module is changed.
 
-    run("train.py", "--cfg", cfg, log=log, prepare=[(kill_at, "os.rename", "*/last.pt", 2)])
+    train(root, data, status=-SIGKILL, prepare=[(kill_at, "os.rename", "*/last.pt", 2)])
 
 dies just before it renames anything to or from last.pt for the second time. Events: "open" (files, and folders that
 are synced), "os.rename" (os.replace too), "os.remove", ... as in Python's table of audit events.

@@ -19,16 +19,14 @@ from utils.losses import HXE_ALPHA, SOFT_MARGIN_TAU
 
 def tree_of(parents: list[int | None], names: list[str] | None = None, background: Sequence[int] = (), **keys):
     """A tree by the parent of each node; `keys` are others of a tree file."""
-    nodes = []
+    nodes, depths = [], []
     for v, parent in enumerate(parents):
         node = {"id": v, "name": names[v] if names else f"node{v}", "parent": parent}
         nodes.append(node | {"colour": [v % 256, v // 256, 0], "background": v in background})
-    depths = []
-    for v in range(len(parents)):
-        chain = [v]
-        while parents[chain[-1]] is not None:
-            chain.append(parents[chain[-1]])
-        depths.append(len(chain))
+        depth, above = 1, parent
+        while above is not None:
+            depth, above = depth + 1, parents[above]
+        depths.append(depth)
     levels = [f"level{level}" for level in range(1, max(depths) + 1)]
     return Hierarchy.from_dict({"name": "small", "ignore_index": 65535, "levels": levels, "nodes": nodes} | keys)
 
@@ -82,15 +80,9 @@ def pixels(labels: Tensor) -> list[tuple[int, int, int]]:
 
 def loss(name: str, logits: Tensor, labels: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     """Any of the losses: the mean of its pixels' losses over the labelled pixels, 0 if there are none."""
-    total, labelled = logits.sum() * 0, 0  # a zero that depends on the logits, so that it has a gradient
-    for b, i, j in pixels(labels):
-        label = int(labels[b, i, j])
-        if label == h.ignore_index:
-            continue
-        labelled += 1
-        z = logits[b, :, i, j]
-        total = total + pixel_loss(name, z, label, h, gamma)
-    return total / max(labelled, 1)
+    known = [(b, i, j) for b, i, j in pixels(labels) if labels[b, i, j] != h.ignore_index]
+    terms = [pixel_loss(name, logits[b, :, i, j], int(labels[b, i, j]), h, gamma) for b, i, j in known]
+    return sum(terms, logits.sum() * 0) / max(len(known), 1)  # a zero that has a gradient
 
 
 def pixel_loss(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float) -> Tensor:
@@ -116,13 +108,10 @@ def pixel_loss(name: str, z: Tensor, label: int, h: Hierarchy, gamma: float) -> 
         raised = [z[u] if u in below else z[u] + SOFT_MARGIN_TAU * distance(label, u, h) / largest for u in leaves(h)]
         return torch.stack(raised).logsumexp(0) - torch.stack([z[u] for u in below]).logsumexp(0)
     if name == "node_ce":
-        total = zero
-        for level in levels:
-            c = class_at(label, level, h)
-            rivals = {class_at(u, level, h) for u in leaves(h)}
-            if c is not None:
-                total = total + torch.stack([z[u] for u in rivals]).logsumexp(0) - z[c]
-        return total / len(levels)
+        present = [level for level in levels if class_at(label, level, h) is not None]
+        rivals = [torch.stack([z[u] for u in {class_at(u, level, h) for u in leaves(h)}]) for level in present]
+        pairs = zip(rivals, classes, strict=True)
+        return sum((logits.logsumexp(0) - z[c] for logits, c in pairs), zero) / len(levels)
     return binary_pixel(name, z, label, h, gamma)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints are whole or refused; disks that fill up, vanish or refuse do not cost what was there."""
 
 import errno
+import json
 import os
 import pickle
 import random
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from manage.checkpoint import FORMAT, DamagedCheckpoint, keep_newest, load_checkpoint, newest_valid, pack
-from tests.factory import make_data, records, run, write_config
+from tests.factory import REPO, records, train
 from tests.kill import before_step, fail_at
 from utils.errors import UserError
 from utils.files import write_whole
@@ -107,22 +108,7 @@ def test_keep_removes_the_oldest_numbered_ones_only(tmp_path):
 
 
 # --- runs ---
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("checkpoint") / "data", train=4, val=1)
-
-
-@pytest.fixture
-def train(data, tmp_path):
-    """Trains in tmp_path to an exit status and returns the output."""
-
-    def start(*arguments, status=0, prepare=(), **keys):
-        cfg = write_config(tmp_path, data, **{"n_epochs": 2} | keys)
-        found, output = run("train.py", "--cfg", cfg, *arguments, log=tmp_path / "log", prepare=prepare)
-        assert found == status, output
-        return output
-
-    return start
+KEYS = {"n_epochs": 3, "n_train_photos": 4, "n_val_photos": 1, "monitor": "min mIoU3"}
 
 
 @pytest.fixture
@@ -142,14 +128,14 @@ DISKS = {  # a fault, from the start or at one moment; status; how often a check
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", DISKS)
-def test_a_disk_that_takes_no_checkpoint_is_said_and_what_there_was_stands(train, folder, tmp_path, disk):
+def test_a_disk_that_takes_no_checkpoint_is_said_and_what_there_was_stands(data, folder, tmp_path, disk):
     fault, status, times, reason = DISKS[disk]
-    output = train(status=status, prepare=[fault], n_epochs=3, monitor="min mIoU3")
+    output = train(tmp_path, data, status=status, prepare=[fault], **KEYS)
     assert output.count(NO_CHECKPOINT) == output.count(f"{reason}); the older ones stand") == times
     assert output.count("error: the last checkpoint could not be written") == (status == 2)
     assert not list(folder.glob(".*")), "nothing half-written stays"
     if status == 2:
-        train("--resume", n_epochs=3, monitor="min mIoU3")
+        train(tmp_path, data, "--resume", **KEYS)
     assert [record["epoch"] for record in records(tmp_path)] == [1, 2, 3]
     assert load_checkpoint(folder / "last.pt")["epoch"] == 3
     best = load_checkpoint(folder / "best.pt")["epoch"]
@@ -157,7 +143,21 @@ def test_a_disk_that_takes_no_checkpoint_is_said_and_what_there_was_stands(train
 
 
 @pytest.mark.slow
-def test_a_vanished_folder_is_made_anew_and_the_run_can_be_resumed(train, tmp_path):
-    output = train(prepare=[(before_step, 2, shutil.rmtree, tmp_path / "experiments")])
+def test_a_vanished_folder_is_made_anew_and_the_run_can_be_resumed(data, tmp_path):
+    output = train(tmp_path, data, prepare=[(before_step, 2, shutil.rmtree, tmp_path / "experiments")], **KEYS)
     assert "models_checkpoints has vanished; it is made anew" in output
-    assert "is finished" in train("--resume")
+    assert "is finished" in train(tmp_path, data, "--resume", **KEYS)
+
+
+# Made with these keys on `data`: checkpoint_3 and the losses of epoch 4. Where a format or default changes on purpose,
+# the old file stays, and one of the new format goes beside it.
+KEPT = {"optimizer": "adamw", "lr": 0.003, "ema_decay": 0.9, "n_epochs": 4, "color_jitter": 0.3, "n_train_photos": 6}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted((REPO / "tests/kept").glob("*.pt")), ids=lambda file: file.stem)
+def test_a_checkpoint_of_an_earlier_commit_is_gone_on_from_with_the_same_losses(data, tmp_path, file):
+    train(tmp_path, data, "--resume", file, exp_name="new", **KEPT)
+    (epoch,) = records(tmp_path, "new")
+    expected = json.loads(file.with_suffix(".json").read_text())
+    assert [epoch["loss_train"], epoch["loss_val"]] == pytest.approx(expected, rel=1e-3)

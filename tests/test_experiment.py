@@ -34,11 +34,10 @@ def entry(tmp_path: Path, **keys) -> dict:
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs/experiments").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_files_are_valid_and_the_arguments_of_a_run_give_back_its_config(path: Path) -> None:
-    for run in [
-        run for e in read_entries(path) for run in (*e.tries(), *e.finals({"criterion": {"ce": 1, "bce": 0.5}}))
-    ]:
-        _, cfg, *given = run.arguments
-        assert load_config(REPO / cfg, given) == run.config
+    for one in read_entries(path):
+        for run in (*one.tries(), *one.finals({"criterion": {"ce": 1, "bce": 0.5}})):
+            _, cfg, *given = run.arguments
+            assert load_config(REPO / cfg, given) == run.config
     with pytest.raises(UserError, match="unknown key"):
         load_config(path)
 
@@ -53,7 +52,6 @@ MISTAKES = {  # a change of a run, and what is said of it
     "a config key": ({"overrides": {"lrr": 1}}, "run 'bce': .*unknown key 'lrr'; did you mean 'lr'"),
     "a searched key": ({"search": {"lrr": [1]}}, "unknown key 'lrr'"),
     "no values": ({"search": {"lr": 0.1}}, "'search' is "),
-    "no such search": ({"search": "ce"}, "'search' is 'ce', no run that searches"),
     "no config": ({"cfg": "configs/nothing.json"}, "no such file"),
 }
 
@@ -78,20 +76,22 @@ def test_what_stands_beside_the_runs_holds_for_all_and_a_run_adds_to_it(tmp_path
     shared = entry(tmp_path, search={"lr": [0.1]}, overrides={"n_epochs": 3, "lr": 0.2})
     del shared["name"]
     runs = [{"name": "a"}, {"name": "b", "overrides": {"lr": 0.3}, "seeds": [7], "search": None}]
-    a, b = read_entries(write_runs(tmp_path, *runs, **shared))
-    assert (a.seeds, a.search, a.overrides) == ([0, 1], {"lr": [0.1]}, {"n_epochs": 3, "lr": 0.2})
-    assert (b.seeds, b.search, b.overrides) == ([7], None, {"n_epochs": 3, "lr": 0.3})
+    found = [(run.seeds, run.search, run.overrides) for run in read_entries(write_runs(tmp_path, *runs, **shared))]
+    assert found == [
+        ([0, 1], {"lr": [0.1]}, {"n_epochs": 3, "lr": 0.2}),
+        ([7], None, {"n_epochs": 3, "lr": 0.3}),
+    ]
 
 
 def searching(tmp_path: Path) -> list[Entry]:
-    """One run that tries two rates, and one that takes its choice."""
-    runs = [entry(tmp_path), entry(tmp_path, name="ce", search="bce", seeds=[4])]
-    return read_entries(write_runs(tmp_path, *runs, search={"lr": [0.001, 0.002]}))
+    """One run that tries two rates, and one that tries nothing."""
+    runs = [entry(tmp_path, search={"lr": [0.001, 0.002]}), entry(tmp_path, name="ce", seeds=[4])]
+    return read_entries(write_runs(tmp_path, *runs))
 
 
 def test_the_better_rate_and_rule_are_chosen_once_all_tries_are_scored(tmp_path: Path, tree: Hierarchy) -> None:
     bce, ce = searching(tmp_path)
-    assert final_runs([bce, ce], choices([bce, ce])) == []
+    assert [run.entry for run in final_runs([bce, ce], choices([bce, ce]))] == ["ce"]
     for run, quality in zip(bce.tries(), (0.4, 0.6), strict=True):
         assert bce.choice() is None
         keys = {k: v for k, v in run.config.to_dict().items() if k not in ("exp_name", "seed", "root_dir", "n_epochs")}
@@ -103,23 +103,9 @@ def test_the_better_rate_and_rule_are_chosen_once_all_tries_are_scored(tmp_path:
     assert bce.choice() == {"lr": 0.002, "decode": "leaf", "root_bias": {}}
     runs = final_runs([bce, ce], choices([bce, ce]))
     assert [run.config.exp_name for run in runs] == ["trial_bce_seed0", "trial_ce_seed4", "trial_bce_seed1"]
-    assert {(run.config.lr, run.config.decode, run.config.train_sample_ids_file) for run in runs} == {
+    assert {(run.config.lr, run.config.decode, run.config.train_sample_ids_file) for run in runs[::2]} == {
         (0.002, "leaf", "train_id.txt")
     }
-
-
-def test_tries_train_without_a_sixth_and_are_scored_on_it(tmp_path: Path) -> None:
-    ids = [f"p{i:02}" for i in range(20)]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train_id.txt").write_text("\n".join(ids))
-    bce, ce = searching(tmp_path)
-    bce.logs.mkdir(parents=True)
-    bce.write_lists(), ce.write_lists()
-    assert ce.tries() == []
-    kept, held_out = (bce.tries()[0].config.ids_file(split).read_text().split() for split in ("train", "val"))
-    assert len(held_out) == 3
-    assert sorted(kept + held_out) == ids
-    assert [*(tmp_path / "data").iterdir()] == [tmp_path / "data" / "train_id.txt"]  # it may be read-only
 
 
 def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(tmp_path: Path, tree: Hierarchy) -> None:
@@ -185,7 +171,10 @@ def test_a_training_outlives_a_killed_runner_and_the_next_one_waits_for_it_and_f
     lines = [file.read_text().splitlines() for file in tmp_path.glob("experiments/*/metrics.jsonl")]
     assert [len(epochs) for epochs in lines] == [2, 2], "the try and the run; no epoch was trained twice"
     kept = {str(path.relative_to(tmp_path / "experiments")) for path in tmp_path.glob("experiments/*/*/*.pt")}
-    assert kept == {"trial_tm_seed0/models_checkpoints/last.pt"}
+    assert kept == {f"trial_tm_{run}/models_checkpoints/last.pt" for run in ("try_lr0.001", "seed0")}
+    logs = tmp_path / "experiments/logs/trial"
+    tried, held_out = ((logs / f"tm_{split}.txt").read_text().split() for split in ("train", "val"))
+    assert (len(held_out), sorted(tried + held_out)) == (2, (tmp_path / "data/train_id.txt").read_text().split())
     scores = json.loads((tmp_path / "experiments/trial_tm_seed0/evaluation/last/scores.json").read_text())
     assert (scores["epoch"], set(scores["rules"])) == (2, set(DECODE_RULES))
     assert "Chosen for tm on the held-out photos: lr 0.001" in (tmp_path / "out" / "experiments.md").read_text()

@@ -198,7 +198,7 @@ class Workshop:
         content = spoilt_bytes(pack(state), chance) if chance.random() < 0.4 else pack(spoilt(state, chance)[0])
         path = self._write("x.pt", content)
         go_on = self.manager._go_on_from
-        return lambda: [restore_network(load_checkpoint(path), str(path)), go_on(path, is_new=False)], [str(path)]
+        return lambda: [restore_network(load_checkpoint(path), str(path)), go_on(path)], [str(path)]
 
     def _use_photo(self, files: Files, short_side: int | None = None) -> None:
         """A photo and its labels as training and evaluation read them."""

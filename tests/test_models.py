@@ -5,11 +5,9 @@ import re
 import pytest
 import torch
 import torchvision
-from torchvision.models._api import WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.decoders.unet import LastStage
-from models.ema import EMA
 from models.encoders import build_encoder
 from models.encoders.torchvision import TorchvisionEncoder
 from models.hseg import HSEG
@@ -18,7 +16,6 @@ SLIM = (8, 8, 8, 8, 8)
 # name -> channels by stride, as torchvision's papers and code have them
 FAMILIES = {
     "resnet18": {2: 64, 4: 64, 8: 128, 16: 256, 32: 512},
-    "resnext50_32x4d": {2: 64, 4: 256, 8: 512, 16: 1024, 32: 2048},
     "mobilenet_v2": {2: 16, 4: 24, 8: 32, 16: 96, 32: 320},
     "mobilenet_v3_small": {2: 16, 4: 16, 8: 24, 16: 48, 32: 96},
     "efficientnet_b0": {2: 16, 4: 24, 8: 40, 16: 112, 32: 320},
@@ -28,7 +25,6 @@ FAMILIES = {
     "densenet121": {2: 64, 4: 256, 8: 512, 16: 1024, 32: 1024},
     "vgg11_bn": {2: 128, 4: 256, 8: 512, 16: 512, 32: 512},
     "swin_t": {4: 96, 8: 192, 16: 384, 32: 768},
-    "mnasnet0_5": {2: 8, 4: 16, 8: 24, 16: 48, 32: 160},
 }
 
 
@@ -59,27 +55,27 @@ def test_each_family_gives_its_maps_and_a_gradient_at_odd_sizes(name):
     assert not unused
 
 
-@pytest.mark.parametrize(
-    ("name", "nodes"),
-    [
-        ("resnet18", ["relu", "layer1", "layer2", "layer3", "layer4"]),
-        ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features.17"]),
-        ("convnext_tiny", ["features.1", "features.3", "features.5", "features.7"]),
-    ],
-)
-def test_maps_are_torchvisions_own_intermediate_values(name, nodes):
+NODES = {  # the maps in torchvision's own network
+    "resnet18": ["relu", "layer1", "layer2", "layer3", "layer4"],
+    "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13", "features.17"],
+    "convnext_tiny": ["features.1", "features.3", "features.5", "features.7"],
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_maps_are_torchvisions_own_intermediate_values(name):
     torch.manual_seed(0)
     whole = torchvision.models.get_model(name, weights=None).eval()
     encoder = TorchvisionEncoder(name).eval()
     encoder.load_state_dict({key: value for key, value in whole.state_dict().items() if key in encoder.state_dict()})
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        theirs = create_feature_extractor(whole, nodes)(images)
-        for ours, node in zip(encoder(images), nodes, strict=True):
+        theirs = create_feature_extractor(whole, NODES[name])(images)
+        for ours, node in zip(encoder(images), NODES[name], strict=True):
             torch.testing.assert_close(ours, theirs[node], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_t", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "swin_t"])
 def test_photos_are_normalised_as_the_weights_of_the_encoder_expect(name):
     torch.manual_seed(0)
     photos = torch.randint(0, 256, (1, 3, 33, 40), dtype=torch.uint8)
@@ -138,21 +134,6 @@ def test_a_checkpoint_of_the_first_version_keeps_its_last_stage():
     old = HSEG("resnet18", 4, decoder_channels=SLIM, subpixel=True)
     assert old.state_dict()["decoder.last.block.0.weight"].shape == (32, 8, 1, 1)
     assert old(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 64, 64)
-
-
-# --- the average ---
-def test_the_average_follows_its_formula_and_ramps_up():
-    network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
-    network[0].weight.data.fill_(0.0)
-    ema, expected = EMA(network, 0.5), 0.0
-    for n in range(12):
-        network[0].weight.data.fill_(n + 1.0)
-        network[1].num_batches_tracked += 1
-        decay = min(0.5, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * (n + 1)
-        ema.update(network)
-    assert float(ema.module[0].weight) == pytest.approx(expected, rel=1e-5)
-    assert int(ema.module[1].num_batches_tracked) == 12
 
 
 # --- weights as people have them ---
@@ -215,37 +196,15 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, resnet18_state, m
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_missing_or_garbled_file_is_named(tmp_path, suffix):
-    garbled = tmp_path / f"garbled{suffix}"
-    garbled.write_bytes(b"not weights")
-    with pytest.raises(RuntimeError, match=f"{garbled}: "):
-        build_encoder("resnet18").load_file(garbled)
-    with pytest.raises(RuntimeError, match="no such file of encoder weights"):
-        build_encoder("resnet18").load_file(tmp_path / f"absent{suffix}")
+    (tmp_path / f"garbled{suffix}").write_bytes(b"not weights")
+    for name in (f"garbled{suffix}: ", f"absent{suffix}: no such file of encoder weights"):
+        with pytest.raises(RuntimeError, match=name):
+            build_encoder("resnet18").load_file(tmp_path / name.split(":")[0])
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
-    with pytest.raises(RuntimeError) as error:
-        HSEG("resnet18", 4, pretrained=True, decoder_channels=SLIM)
-    for part in ("resnet18", "https://", "no route to host", "checkpoints", "encoder_weights"):
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "encoder", "left"),
-    [
-        ("mobilenet_v2_imagenet.pth", "mobilenet_v2", 6),
-        ("tf_efficientnet_lite0_imagenet.pth", "timm:tf_efficientnet_lite0", 2),
-    ],
-)
-def test_real_imagenet_weights_fit(hseg_weights, file, encoder, left):
-    if encoder.startswith("timm:"):
-        pytest.importorskip("timm")
-    before = build_encoder(encoder)
-    kept = {key: value.clone() for key, value in before.state_dict().items()}
-    assert len(before.load_file(hseg_weights / file)) == left
-    same = [key for key, value in before.state_dict().items() if value.ndim > 1 and torch.equal(value, kept[key])]
-    assert not same, "every weight is another now"
+@pytest.mark.parametrize("name", ["mobilenet_v2", "tf_efficientnet_lite0"])
+def test_real_imagenet_weights_fit(hseg_weights, name):
+    encoder = build_encoder(name if name == "mobilenet_v2" else f"timm:{name}")
+    before = {key: value.clone() for key, value in encoder.state_dict().items() if value.ndim > 1}
+    encoder.load_file(hseg_weights / f"{name}_imagenet.pth")
+    assert not any(torch.equal(value, encoder.state_dict()[key]) for key, value in before.items())

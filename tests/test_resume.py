@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from manage.checkpoint import load_checkpoint, pack
-from tests.factory import Child, curves, make_data, records, run, save_each_step, write_config
+from tests.factory import Child, curves, records, save_each_step, train, write_config
 from tests.kill import before_step, kill_at, kill_half_written, wait_until_there
 
 pytestmark = pytest.mark.slow
@@ -26,26 +26,15 @@ FOLDER = "experiments/{}/models_checkpoints"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("resume") / "data")
-
-
-def train(root, data, *arguments, status=0, prepare=(), **keys) -> str:
-    """Trains to an exit status; returns the output."""
-    cfg = write_config(root, data, **RICH | keys)
-    found, output = run("train.py", "--cfg", cfg, *arguments, log=root / "log", prepare=prepare)
-    assert found == status, output
-    return output
-
-
-@pytest.fixture(scope="module")
 def left_alone(data, tmp_path_factory):
     """Trains with some keys, and nobody disturbs it; returns its folder and how long it took."""
 
     @functools.cache
     def start(workers: int) -> tuple[Path, float]:
         root = tmp_path_factory.mktemp("untouched")
-        run("train.py", "--help", log=root / "log")  # the fork server has started, so the clock tells of the run
+        Child(
+            "train.py", "--help", log=root / "log"
+        ).wait()  # the fork server has started, so the clock tells of the run
         began = time.monotonic()
         train(root, data, prepare=[(save_each_step,)], **(RICH if workers else PLAIN))
         return root, time.monotonic() - began
@@ -61,7 +50,7 @@ def untouched(left_alone):
 @pytest.fixture
 def resume(data, tmp_path):
     """Trains in tmp_path with the keys of the untouched run."""
-    return functools.partial(train, tmp_path, data)
+    return lambda *words, **more: train(tmp_path, data, *words, **RICH | more)
 
 
 @pytest.fixture
@@ -140,8 +129,8 @@ def test_a_signal_ends_at_the_next_step_and_the_run_goes_on_by_the_command_it_pr
         said = re.search(rf"by {number.name} after step {step + 1}; all is saved; go on with: python (.*)", output)
         words = ["--resume"]
     script, *words = shlex.split(said[1])
-    status, output = run(Path(script).name, *words, log=tmp_path / "log")
-    assert status == 0, output
+    child = Child(Path(script).name, *words, log=tmp_path / "log")
+    assert child.wait() == 0, child.output
     assert digests(tmp_path)["model"] == digests(untouched)["model"]
     assert records(tmp_path) == records(untouched)
 
@@ -184,15 +173,10 @@ def test_an_older_checkpoint_is_gone_on_from_under_a_new_name_alone(untouched, r
 
 @pytest.mark.parametrize("keys", [{"amp": "fp16"}, {"n_train_photos": 4, "keep": 1}], ids=["fp16", "resnet"])
 def test_the_scale_of_fp16_and_a_resnet_are_resumed_to_the_same_bits(data, tmp_path, keys):
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    for root, prepare, expected in [
-        (whole, [], 0),
-        (parted, [(save_each_step,), (before_step, 1, os._exit, 9)], 9),
-        (parted, [], 0),
-    ]:
-        cfg = write_config(root, data, **keys | {"n_epochs": 1, "n_val_photos": 1})
-        words = ("--cfg", cfg, "--resume", "auto")
-        status, output = run("train.py", *words, log=root / "log", real="amp" not in keys, prepare=prepare)
-        assert status == expected, output
+    whole, parted, keys = tmp_path / "whole", tmp_path / "parted", keys | {"n_epochs": 1, "n_val_photos": 1}
+    keys["real"] = "amp" not in keys
+    train(whole, data, **keys)
+    train(parted, data, status=9, prepare=[(save_each_step,), (before_step, 1, os._exit, 9)], **keys)
+    output = train(parted, data, "--resume", **keys)
     assert "at epoch 1, batch 2" in output
     assert digests(parted) == digests(whole)

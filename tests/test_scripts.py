@@ -5,11 +5,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+from tests.factory import REPO
 
 CONDA = """#!/usr/bin/env bash
 echo "conda $*" >> "$CALLS"
@@ -22,7 +21,7 @@ chmod +x "$2/bin/python"
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the script in a copy of the repository, with a stub of conda; returns its output and what it called."""
+    """Runs the script in a copy of the repository, with a stub of conda; returns what it called."""
     repository, conda, calls = tmp_path / "a repository", tmp_path / "bin/conda", tmp_path / "calls"
     for path in (repository / "scripts", conda.parent):
         path.mkdir(parents=True)
@@ -37,28 +36,19 @@ def run(tmp_path):
         variables = {"CALLS": str(calls), "PATH": f"{conda.parent}:{os.environ['PATH']}", "HSEG_NO_CONDA": "0"}
         command = ["bash", repository / "scripts" / "create_hseg_env.sh", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, calls.read_text()
+        assert (done.returncode, done.stdout) == (0, f"{repository}/hseg_env/bin/python\n"), done.stderr
+        return calls.read_text()
 
     return call
 
 
-def test_with_conda_too_the_environment_lies_in_the_repository_and_a_second_call_installs_what_changed(run, tmp_path):
-    env = tmp_path / "a repository" / "hseg_env"
-    output, calls = run()
-    assert output == f"{env}/bin/python\n"
-    assert f"conda create --yes --quiet --prefix {env} python=3.12 pip\n" in calls
+def test_the_environment_lies_in_the_repository_and_a_second_call_installs_what_changed(run, tmp_path):
+    calls = run()
+    assert f"conda create --yes --quiet --prefix {tmp_path}/a repository/hseg_env python=3.12 pip\n" in calls
     assert "-r requirements.txt" in calls
-    output, calls = run()
-    assert output == f"{env}/bin/python\n"
-    assert "conda" not in calls
-    assert "pip install" not in calls
-    assert "-r requirements-dev.txt" in run("--dev")[1]
-
-
-def test_for_the_cpu_alone_torch_comes_first_and_from_its_own_index(run):
-    first, second = (line for line in run("--dev", "--cpu")[1].splitlines() if "pip install" in line)
-    assert "--index-url https://download.pytorch.org/whl/cpu torch>=" in first
+    assert "install" not in run()
+    first, second = (line for line in run("--dev", "--cpu").splitlines() if "pip install" in line)
+    assert "--index-url https://download.pytorch.org/whl/cpu torch>=" in first  # before what else would bring it
     assert " torchvision>=" in first
     assert second.endswith("-r requirements-dev.txt")
 
@@ -86,13 +76,10 @@ def test_after_pip_install_everything_is_importable_from_elsewhere(tmp_path, edi
     (packages,) = env.glob("lib/python3*/site-packages")
     (packages / "host.pth").write_text(sysconfig.get_paths()["purelib"])  # torch and setuptools are this Python's
     install = [sys.executable, "-m", "pip", "--python", env / "bin/python", "install", "--no-deps", "--no-index"]
-    what = ["--no-build-isolation", *(["-e"] if editable else []), source]
-    done = subprocess.run([*install, *what], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    what = ["--no-build-isolation", *["-e"] * editable, source]
+    subprocess.run([*install, *what], capture_output=True, check=True)
     if not editable:
         shutil.rmtree(source)
     done = subprocess.run([env / "bin/python", "-c", USE], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("10 ")
     assets = sorted(path.name for path in (REPO / "manage" / "report_assets").iterdir())
-    assert done.stdout.endswith(f"{assets}\n")
+    assert done.stdout == f"10 11 {assets}\n", done.stderr

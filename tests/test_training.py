@@ -14,13 +14,8 @@ from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.predictor import Predictor
 from manage.train_manager import TrainManager
 from manage.training_report import what_tells_apart
-from tests.factory import TINY, curves, make_data, records, run, write_config
+from tests.factory import TINY, curves, records, train
 from utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("training") / "data")
 
 
 def state(root: Path, name: str = "tiny") -> dict:
@@ -31,9 +26,7 @@ def state(root: Path, name: str = "tiny") -> dict:
 def test_trainings_of_one_config_end_with_the_same_bits_and_those_of_another_seed_do_not(data, tmp_path):
     found = []
     for name, keys in {"a": {"seed": 0}, "b": {"seed": 0, "num_workers": 2}, "c": {"seed": 1}}.items():
-        cfg = write_config(tmp_path, data, exp_name=name, deterministic=True, n_epochs=2, color_jitter=0.3, **keys)
-        status, output = run("train.py", "--cfg", cfg, log=tmp_path / "log")
-        assert status == 0, output
+        train(tmp_path, data, exp_name=name, deterministic=True, n_epochs=2, color_jitter=0.3, **keys)
         last = state(tmp_path, name)
         momentum = {i: values["momentum_buffer"] for i, values in last["optimizer"]["state"].items()}
         bits = {key: tensor.numpy().tobytes() for key, tensor in (last["model"] | momentum).items()}
@@ -68,8 +61,9 @@ def test_start_weights_may_go_once_there_is_a_checkpoint(data, tmp_path, monkeyp
         (tmp_path / "experiments/first/models_checkpoints/last.pt").replace(start)
     assert TrainManager(config).run() == 0
     start.unlink()
-    with pytest.raises(UserError, match="resnet18-f37072fd"):  # a new run cannot do without
+    with pytest.raises(UserError, match="resnet18-f37072fd") as refusal:  # a new run cannot do without
         TrainManager(dataclasses.replace(config, exp_name="other")).run()
+    assert not config.pretrained or "no network). Fetch that file on another machine" in str(refusal.value)
     assert TrainManager(dataclasses.replace(config, n_epochs=2)).run("") == 0
     assert EvaluationManager(config, EvaluationOptions(checkpoint="last", pictures=False)).run()["epoch"] == 2
     Predictor.load(config.checkpoints_dir / "last.pt", "cpu")

@@ -161,13 +161,11 @@ def test_a_run_does_not_go_on_with_other_photos_or_a_changed_tree(keys, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
     manager = TrainManager(Config(**keys | {"n_epochs": 2}))
-    load = manager.loader._batch
-
-    def infinite(*arguments):
-        batch = load(*arguments)
-        return batch._replace(image=batch.image * float("inf")) if manager.step == 3 else batch
-
-    manager.loader._batch = infinite
+    step = manager.train_step
+    infinite = float("inf")
+    manager.train_step = lambda group: step(
+        [batch._replace(image=batch.image * infinite) if manager.step == 3 else batch for batch in group]
+    )
     refused(manager.run, "step 4 (epoch 2): loss nan", "not finite", "Photos: p0", "from before it", "grad_clip")
     last = load_checkpoint(tmp_path / "experiments/tiny/models_checkpoints/last.pt")
     assert (last["step"], last["epoch"]) == (2, 1)

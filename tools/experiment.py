@@ -15,8 +15,7 @@ FILE:  {"cfg": "configs/quickstart.json", "overrides": {"n_epochs": 8}, "seeds":
 
 What stands beside "runs" holds for all of them; a run's own overrides are added to these, its other keys win.
 With "search" each combination of its values is first trained without a sixth of the train photos, and scored on
-these. The best one, with its best decoding rule, by the score that the config monitors, is what all seeds get. A run
-whose "search" is another run's name takes that one's choice; with null it has none.
+these. The best one, with its best decoding rule, by the score that the config monitors, is what all seeds get.
 """
 
 import argparse
@@ -62,9 +61,7 @@ def main() -> int:
 
 def choices(entries: Sequence[Entry]) -> dict[str, dict]:
     """What the final runs of an entry are given; without those that wait for a search."""
-    own = {entry.name: entry.choice() for entry in entries}
-    chosen = {entry.name: own[entry.search if isinstance(entry.search, str) else entry.name] for entry in entries}
-    return {name: keys for name, keys in chosen.items() if keys is not None}
+    return {entry.name: keys for entry in entries if (keys := entry.choice()) is not None}
 
 
 def final_runs(entries: Sequence[Entry], chosen: dict[str, dict]) -> list[Run]:

@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.files import read_json
 from utils.ids import draw_split, read_ids, write_ids
 
-KEYS = {"name": str, "cfg": str, "overrides": dict, "seeds": list, "search": dict | str | None}
+KEYS = {"name": str, "cfg": str, "overrides": dict, "seeds": list, "search": dict | None}
 HELD_OUT = 6  # one train photo in so many
 
 
@@ -22,8 +22,7 @@ class Run:
 
     entry: str
     config: Config
-    arguments: list[str]  # of train.py and evaluate.py
-    is_try: bool
+    arguments: list[str]  # of train.py
 
     def scored(self) -> Experiment | None:
         """None until it is trained to the end, and scored as its config decodes.
@@ -53,31 +52,31 @@ class Run:
         return [["train.py", *self.arguments, *resuming], ["evaluate.py", *scoring, "n_val_photos=null"]]
 
     def tidy(self) -> None:
-        """Of a scored run the last checkpoint stays, of a try none: those of a hundred runs would fill a disk."""
+        """Of a scored run the last checkpoint stays: all those of a hundred runs would fill a disk."""
         for path in self.config.checkpoints_dir.glob("*.pt"):
-            if self.is_try or path.name != "last.pt":
+            if path.name != "last.pt":
                 path.unlink()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One item of "runs"; `search` holds the values to try, or names the entry whose choice is taken."""
+    """One item of "runs"; `search` holds the values to try."""
 
     file: Path
     name: str
     cfg: str
     seeds: list[int]
     overrides: dict[str, Any]
-    search: dict[str, list] | str | None
+    search: dict[str, list] | None
 
-    def run(self, label: str, keys: dict[str, Any], is_try: bool = False) -> Run:
+    def run(self, label: str, keys: dict[str, Any]) -> Run:
         own = self.overrides | keys | {"exp_name": f"{self.file.stem}_{self.name}_{label}"}
         texts = [f"{key}={value if TYPES.get(key) is str else json.dumps(value)}" for key, value in own.items()]
         try:
             config = load_config(REPOSITORY / self.cfg, texts)
         except UserError as error:
             raise UserError(f"{self.file}, run {self.name!r}: {error}") from None
-        return Run(self.name, config, ["--cfg", self.cfg, *texts], is_try)
+        return Run(self.name, config, ["--cfg", self.cfg, *texts])
 
     def finals(self, keys: dict[str, Any]) -> list[Run]:
         """One run a seed, on all train photos."""
@@ -89,18 +88,16 @@ class Entry:
 
     def tries(self) -> list[Run]:
         """One run a combination of the values to try, with the first seed, scored on the held-out photos."""
-        if not isinstance(self.search, dict):
+        if self.search is None:
             return []
         lists = {f"{split}_sample_ids_file": str(self.logs / f"{self.name}_{split}.txt") for split in ("train", "val")}
         fixed = lists | {"seed": self.seeds[0], "root_bias": {}}  # a bias is of one rule, which is yet to be chosen
         tries = [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
-        return [
-            self.run("_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), keys | fixed, True) for keys in tries
-        ]
+        return [self.run("_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), keys | fixed) for keys in tries]
 
     def choice(self) -> dict[str, Any] | None:
         """The try and the decoding rule with the best of the config's monitored score; None until all are scored."""
-        found: list[tuple[float, dict[str, Any]]] = [] if isinstance(self.search, dict) else [(0.0, {})]
+        found: list[tuple[float, dict[str, Any]]] = [] if self.search else [(0.0, {})]
         for run in self.tries():
             if (experiment := run.scored()) is None:
                 return None
@@ -132,9 +129,6 @@ def read_entries(file: Path) -> list[Entry]:
     names = [run.config.exp_name for entry in entries for run in (*entry.tries(), *entry.finals({}))]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{file}: two runs would be {twice[0]!r}; give each a name, and each seed once")
-    for entry in entries:
-        if isinstance(entry.search, str) and not any(e.name == entry.search and e.tries() for e in entries):
-            raise UserError(f"{file}, run {entry.name!r}: 'search' is {entry.search!r}, no run that searches by itself")
     return entries
 
 
@@ -144,7 +138,7 @@ def _with_shared(shared: dict[str, Any], own: dict[str, Any], where: str) -> dic
     wrong = [key for part in (shared, own) for key in part if not isinstance(part[key], KEYS.get(key, ()))]
     if not wrong:
         values["overrides"] = shared.get("overrides", {}) | own.get("overrides", {})
-        tried = values["search"].values() if isinstance(values["search"], dict) else ()
+        tried = (values["search"] or {}).values()
         wrong = [key for key in KEYS if key not in values]
         wrong += ["overrides"] * bool({"exp_name", "seed"} & values["overrides"].keys())
         wrong += ["search"] * (not all(isinstance(value, list) and value for value in tried))

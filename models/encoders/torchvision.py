@@ -1,6 +1,5 @@
 """torchvision's classification networks as encoders: feature maps instead of one class."""
 
-import difflib
 from pathlib import Path
 
 import torch
@@ -41,22 +40,19 @@ class TorchvisionEncoder(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         if name not in names():
-            close = difflib.get_close_matches(name, names(), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"unknown encoder {name!r}{hint} `python configs/config.py --encoders` lists torchvision's; any "
-                "network of timm is named timm:NAME"
-            )
+            known = "`python configs/config.py --encoders` lists torchvision's; any of timm is named timm:NAME"
+            raise ValueError(f"unknown encoder {name!r}; {known}")
         self.name = name
         network = torchvision.models.get_model(name, weights=None)
         self.is_channels_last = isinstance(network, torchvision.models.SwinTransformer)
+        steps = []  # the names of the modules that are called one after the other
         for child, module in network.named_children():
             if child in HEADS:
                 break
             self.add_module(child, module)
-        every = _steps(self)
-        self.steps = _without_widening(self, every)
-        for step in reversed(every[len(self.steps) :]):  # what is left out holds no weights either
+            steps += [f"{child}.{inner}" for inner, _ in module.named_children()] if child in CONTAINERS else [child]
+        self.steps = _without_widening(self, steps)
+        for step in reversed(steps[len(self.steps) :]):  # what is left out holds no weights either
             container, _, child = step.rpartition(".")
             delattr(self.get_submodule(container), child)
         self.taken, self.channels = self._find_maps()
@@ -111,14 +107,6 @@ class TorchvisionEncoder(nn.Module):
         state, left_over = fit_state(read_state(path), self, str(path))
         self.load_state_dict(state)
         return left_over
-
-
-def _steps(encoder: nn.Module) -> list[str]:
-    """The names of the modules that are called one after the other."""
-    steps = []
-    for child, module in encoder.named_children():
-        steps += [f"{child}.{inner}" for inner, _ in module.named_children()] if child in CONTAINERS else [child]
-    return steps
 
 
 def _without_widening(encoder: nn.Module, steps: list[str]) -> list[str]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation, where weights name no others
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
-PREFIXES = ("module.", "model.", "encoder.", "backbone.", "network.", "_orig_mod.")
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")  # names of torchvision's own files
 
 
@@ -47,25 +46,18 @@ def fit_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> t
     """
     own = network.state_dict()
     renamed = {OLD_DENSENET.sub(r"\1\2.", key): key for key in state}
-    prefix = _prefix(renamed, own)
+    first = next(iter(own))
+    before = [key.removesuffix(first) for key in renamed if key.endswith(first)]
+    prefix = max(before, key=lambda chain: sum(chain + key in renamed for key in own), default="")
     given = {key: state[renamed[prefix + key]] for key in own if prefix + key in renamed}
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     wrong = [key for key in given if given[key].shape != own[key].shape]
     if missing or wrong:
-        first = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(given[wrong[0]].shape)}"
+        fault = f"{missing[0]} is missing" if missing else f"{wrong[0]} is {tuple(given[wrong[0]].shape)}"
         raise RuntimeError(
             f"{source}: does not fit this encoder ({len(missing)} of its {len(own)} tensors are missing, {len(wrong)} "
-            f"have another shape: {first}); the file begins with {', '.join(list(state)[:3])}. Use weights of the "
+            f"have another shape: {fault}); the file begins with {', '.join(list(state)[:3])}. Use weights of the "
             "network that `encoder` names"
         )
     used = {renamed[prefix + key] for key in given}
     return own | given, [key for key in state if key not in used]
-
-
-def _prefix(keys: Mapping[str, str], own: Mapping[str, Tensor]) -> str:
-    """What stands before each of the network's keys in a file: of all chains of known prefixes the best fitting."""
-    chains, grown = [""], [""]
-    while grown:
-        grown = [c + p for c in grown for p in PREFIXES if any(key.startswith(c + p) for key in keys)]
-        chains += grown
-    return max(chains, key=lambda chain: sum(chain + key in keys for key in own))
