@@ -59,9 +59,6 @@ class TrainLoader:
         self.photos.ahead = 4 * size
         self.batches = EpochBatches(len(self.photos), size, config.seed, rank, world, config.accumulate)
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
     def __iter__(self) -> Iterator[Sample]:
         ahead, batches = itertools.tee(self.batches)
         samples = self.photos.read(draw.index for batch in ahead for draw in batch)
