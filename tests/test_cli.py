@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.factory import REPO
-from utils.cli import duration, map_files, progress, run_main
+from utils.cli import progress, run_main
 from utils.errors import UserError
 
 ENTRIES = [REPO / "train.py", REPO / "evaluate.py", *sorted((REPO / "tools").glob("[a-z]*.py"))]
@@ -34,16 +34,6 @@ def test_memory_that_runs_out_is_one_line_too(error: Exception, capsys: pytest.C
     assert capsys.readouterr().err.startswith("error: out of memory; ") == ("another" not in str(error))
 
 
-def test_files_are_mapped_in_order_and_a_fault_ends_it() -> None:
-    assert map_files(str, range(100), "work") == [str(i) for i in range(100)]
-    with pytest.raises(UserError, match="too large"):
-        map_files(fail, [1, 2], "work")
-
-
-def test_a_duration_in_words() -> None:
-    assert [duration(seconds) for seconds in (4.4, 240, 12000)] == ["4 s", "4 min", "3 h 20 min"]
-
-
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_terminal_gets_a_bar_and_a_log_file_no_fragments_of_one(is_terminal: bool, monkeypatch) -> None:
     stream = io.StringIO()
@@ -62,8 +52,10 @@ def test_threads_are_told_to_sleep_before_torch_is_loaded(path: Path) -> None:
     assert not ours or ours[0] != "torch", "write `import utils` above torch, as tools/export.py does"
 
 
-def test_threads_are_told_to_sleep_unless_the_user_says_otherwise() -> None:
-    code = "import os, sys, utils; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+@pytest.mark.parametrize(("own", "told"), [({}, "PASSIVE 6000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None")])
+def test_threads_are_told_to_sleep_unless_the_user_says_otherwise(own: dict, told: str) -> None:
+    variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = f"import os, sys, utils; print(*map(os.getenv, {variables}), 'torch' in sys.modules)"
+    environment = {k: v for k, v in os.environ.items() if k not in variables} | own
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True)
-    assert done.stdout == "PASSIVE False\n", done.stderr
+    assert done.stdout == f"{told} False\n", done.stderr
