@@ -6,8 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.config import Config
 from docs.figures.gpu_plan import CARDS, count_step, plan_table
 from manage.network import build_network, load_hierarchy
-from tests.factory import make_data, write_config
-from tools import benchmark
 
 
 def test_a_step_has_the_flops_of_network_and_backward(slim) -> None:
@@ -17,12 +15,3 @@ def test_a_step_has_the_flops_of_network_and_backward(slim) -> None:
         network(torch.zeros(2, 3, 32, 32)).sum().backward()
     assert sum(count for _, count in count_step(config).operations) == flops.get_total_flops()
     assert all(card in plan_table(config) for card in CARDS)
-
-
-def test_the_benchmark_runs_on_the_data_of_a_config(slim, tmp_path, monkeypatch, capsys) -> None:
-    cfg = write_config(tmp_path, make_data(tmp_path / "data"))
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--cfg", str(cfg), "--rounds", "1"])
-    benchmark.main()
-    told = capsys.readouterr().out
-    assert all(title in told for title in ("training step", "criterion", "decode alone", "kept photos", "hardware: "))
-    assert not (tmp_path / "experiments").exists()

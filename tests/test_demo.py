@@ -64,14 +64,6 @@ def test_the_page_is_sent_class_and_probability_of_each_pixel_at_each_level(pred
         assert sheet[30, 0, 0] == 0
 
 
-def test_a_large_or_slim_photo_is_reduced(predictor, tmp_path):
-    for size in ((4000, 1000), (70_000, 2)):
-        Image.new("RGB", size).save(tmp_path / "wide.png")
-        leaves = demo.predict(predictor, str(tmp_path / "wide.png")).leaves
-        assert leaves.size <= demo.LARGEST
-        assert max(leaves.shape) <= demo.LONGEST
-
-
 # --- the page itself ---
 @pytest.fixture(scope="module")
 def page(browser, predictor):

@@ -65,24 +65,6 @@ def test_a_mistake_is_named_before_the_first_run(tmp_path: Path, case: str) -> N
         read_entries(write_runs(tmp_path))
 
 
-def test_logs_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "experiments").write_text("a file")
-    monkeypatch.setattr("sys.argv", ["experiment.py", str(write_runs(tmp_path, entry(tmp_path)))])
-    with pytest.raises(UserError, match=r"experiments/logs/trial: cannot be written \(Not a directory\); set root_dir"):
-        tool.main()
-
-
-def test_what_stands_beside_the_runs_holds_for_all_and_a_run_adds_to_it(tmp_path: Path) -> None:
-    shared = entry(tmp_path, search={"lr": [0.1]}, overrides={"n_epochs": 3, "lr": 0.2})
-    del shared["name"]
-    runs = [{"name": "a"}, {"name": "b", "overrides": {"lr": 0.3}, "seeds": [7], "search": None}]
-    found = [(run.seeds, run.search, run.overrides) for run in read_entries(write_runs(tmp_path, *runs, **shared))]
-    assert found == [
-        ([0, 1], {"lr": [0.1]}, {"n_epochs": 3, "lr": 0.2}),
-        ([7], None, {"n_epochs": 3, "lr": 0.3}),
-    ]
-
-
 def searching(tmp_path: Path) -> list[Entry]:
     """One run that tries two rates, and one that tries nothing."""
     runs = [entry(tmp_path, search={"lr": [0.001, 0.002]}), entry(tmp_path, name="ce", seeds=[4])]

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,13 +29,6 @@ def test_a_tree_survives_dict_and_json(path: Path) -> None:
     assert Hierarchy.from_dict(h.to_dict()).to_dict() == h.to_dict() == json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(("key", "value", "is_same"), [("colour", [1, 2, 3], 1), ("name", "arm", 0), ("parent", 9, 0)])
-def test_fingerprint_sees_names_and_parents_but_not_colours(h: Hierarchy, key, value, is_same) -> None:
-    tree = h.to_dict()
-    tree["nodes"][6][key] = value
-    assert (Hierarchy.from_dict(tree).fingerprint == h.fingerprint) == is_same
-
-
 def test_encode_marks_the_path_and_leaves_what_lies_below_unknown(h: Hierarchy) -> None:
     head, body, void = 4, 7, 255
     targets, known = h.encode(torch.tensor([[[head, body, void]]], dtype=torch.uint8))
@@ -46,24 +38,6 @@ def test_encode_marks_the_path_and_leaves_what_lies_below_unknown(h: Hierarchy) 
     assert known[0, :, 0, 1].nonzero().flatten().tolist() == [0, 7]
     assert not known[0, :, 0, 2].any()
     assert not targets[0, :, 0, 2].any()
-
-
-def test_level_of_maps_tensors_and_arrays_alike(h: Hierarchy) -> None:
-    labels = torch.tensor([[0, 4, 5, 8, 7, 255]], dtype=torch.uint8)
-    wanted = [[0, 4, 5, 255, 255, 255], [0, 8, 9, 8, 255, 255], [0, 7, 7, 7, 7, 255]]
-    for level, row in enumerate(wanted):
-        as_tensor = h.level_of(labels, level)
-        as_array = h.level_of(labels.numpy(), level)
-        assert as_tensor.tolist() == as_array.tolist() == [row]
-        assert as_tensor.dtype == torch.uint8
-        assert as_array.dtype == np.uint8
-
-
-def test_labels_of_another_tree_are_refused(h: Hierarchy) -> None:
-    with pytest.raises(UserError, match=r"\[10, 254\].*pascal_part.*0 to 9"):
-        h.encode(torch.tensor([[[0, 10, 254]]], dtype=torch.uint8))
-    with pytest.raises(UserError, match=r"-1"):
-        h.encode(torch.tensor([[[0, -1]]]))
 
 
 def node(v: int, name: str, parent: int | None = None, **more: object) -> dict:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manage import inference
-from manage.inference import NotFinite, logit_rows, photo_named
+from manage.inference import logit_rows, photo_named
 from utils.errors import UserError
 
 
@@ -94,10 +94,3 @@ def test_a_photo_that_does_not_fit_is_named_with_what_to_do(error):
         photo_logits(Edges(error), noise(60, 90), (60, 90))
     with pytest.raises(RuntimeError, match="another fault"), photo_named("a.jpg"):
         photo_logits(Edges(RuntimeError("another fault")), noise(60, 90), (60, 90))
-
-
-def test_an_overflow_in_half_precision_names_the_key_to_change():
-    network = Edges()
-    network.layer.weight.data *= float("inf")
-    with pytest.raises(NotFinite, match=r"photo 'a': .* set amp=off or amp=bf16"), photo_named("a"):
-        photo_logits(network, noise(40, 40), (40, 40), amp="bf16")

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.config import CRITERIA, DECODE_RULES, Config, default_decode
-from tests import reference
 from utils.decode import DECODERS
 from utils.errors import UserError
 from utils.hierarchy import Hierarchy
@@ -57,21 +56,6 @@ def test_tree_min_of_the_worked_pixel_sends_all_positive_gradient_to_body(h: Hie
     assert value.item() == pytest.approx(3 * softplus(1) + 7 * softplus(-3))
     assert grad[0, [HEAD, UPPER], 0, 0].tolist() == [0, 0]
     assert grad[0, BODY, 0, 0].item() == pytest.approx(-3 / (1 + math.exp(-1)))
-
-
-def test_focal_of_one_node_by_hand() -> None:
-    h = reference.tree_of([None])
-    p = 1 / (1 + math.exp(-0.5))
-    value, _ = value_and_grad("focal", torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, 1, 1).int(), h, gamma=2.0)
-    assert value.item() == pytest.approx(-((1 - p) ** 2) * math.log(p))
-
-
-def test_tree_min_is_at_least_bce_and_equal_where_scores_respect_the_tree(h: Hierarchy) -> None:
-    logits, labels = random_case(h)
-    assert LOSSES["tree_min"](logits, labels, h) > LOSSES["bce"](logits, labels, h)
-    for parent, child in h.edges:  # no child above its parent
-        logits[:, child] = torch.minimum(logits[:, child], logits[:, parent])
-    torch.testing.assert_close(LOSSES["tree_min"](logits, labels, h), LOSSES["bce"](logits, labels, h))
 
 
 @pytest.mark.parametrize(("name", "gamma"), NAMES_AND_GAMMAS)

@@ -23,15 +23,6 @@ def test_prob_sum_answers_a_body_part_where_background_is_nearly_certain(h: Hier
     assert {answers[rule] for rule in RULES if rule != "prob_sum"} == {"background"}
 
 
-def test_mass_answers_body_where_its_parts_share_most_of_the_softmax(h: Hierarchy) -> None:
-    """Background 0.4, each of six parts 0.1: the largest leaf is background, but 0.6 of the mass is body."""
-    logits = torch.full((1, 10, 1, 1), 7.0, dtype=torch.float64)  # of inner nodes, which nobody trained
-    logits[0, :7] = torch.tensor([0.4, *[0.1] * 6], dtype=torch.float64).log().view(7, 1, 1)
-    logits[0, 4] += 0.01
-    assert h.names[DECODERS["leaf"](logits, h).item()] == "background"
-    assert h.names[DECODERS["mass"](logits, h).item()] == "head"
-
-
 # --- scores ---
 def scored(leaf: list[int], labels: list[int], h: Hierarchy) -> dict:
     meter = LevelScores(h)
@@ -61,24 +52,6 @@ def test_scores_of_six_pixels_by_hand(h: Hierarchy) -> None:
     assert [level["pixel_accuracy"] for level in scores["levels"]] == [3 / 5, 4 / 5, 1.0]
     assert scores["pixel_accuracy"] == 3 / 5
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
-
-
-def test_an_inner_label_counts_at_its_level_and_above_alone(h: Hierarchy) -> None:
-    upper, body, head = 8, 7, 4
-    scores = scored([head, head, 0], [upper, body, head], h)
-    assert [level["pixels"] for level in scores["levels"]] == [1, 2, 3]
-    assert scores["levels"][0]["IoU"]["head"] == 0  # the missed head; its other answers have no truth here
-    assert scores["levels"][1]["IoU"]["upper_body"] == 1 / 2
-    assert scores["levels"][2]["IoU"]["body"] == 2 / 3
-
-
-def test_what_was_not_seen_has_no_score(h: Hierarchy) -> None:
-    scores = scored([0, 0], [0, 0], h)
-    assert (scores["mIoU1"], scores["mIoU1_with_background"]) == (None, 1)
-    for scores in (LevelScores(h).compute(), scored([1, 2], [VOID, VOID], h)):
-        assert scores["mIoU1"] is scores["mIoU3_with_background"] is scores["pixel_accuracy"] is None
-        assert scores["violation_rate"] is None
-        assert scores["levels"][0]["absent"] == list(h.names[:7])
 
 
 def test_a_mistake_is_as_severe_as_label_and_answer_meet_high(h: Hierarchy) -> None:

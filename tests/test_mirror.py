@@ -6,7 +6,6 @@ from PIL import Image
 
 from configs.config import load_config
 from manage.data import TrainLoader
-from manage.network import tree_changes
 from manage.predictor import Predictor
 from tests.factory import make_data, write_config
 from tests.reference import tree_of
@@ -53,15 +52,6 @@ def test_tta_swaps_the_logits_of_a_pair_and_is_refused_where_the_tree_does_not_s
     assert not torch.allclose(ours, theirs, atol=1e-2)
     with pytest.raises(UserError, match=r"(?s)'left_arm' and 'right_arm'.*leave out tta"):
         Predictor.load(write_checkpoint(tmp_path / "open.pt", Hierarchy.from_dict(tree({}))), "cpu", tta="flip")
-
-
-def test_mirrors_survive_the_dict_and_count_as_a_change():
-    h, plain = Hierarchy.from_dict(tree(MIRRORS)), Hierarchy.from_dict(tree({}))
-    assert h.mirror == (0, 2, 1, 4, 3, 5)
-    assert plain.mirror is None
-    assert h.to_dict() == tree(MIRRORS)
-    assert h.fingerprint == plain.fingerprint
-    assert tree_changes(plain, h) == ["mirrors"]
 
 
 @pytest.mark.parametrize(

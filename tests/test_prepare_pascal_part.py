@@ -127,11 +127,6 @@ def test_real_annotations_equal_the_released_masks_in_every_pixel(pascal_part_ra
         assert np.array_equal(label_map(out, sample_id), labels), sample_id
 
 
-def test_the_official_lists_are_complete_and_disjoint():
-    train, val = (read_ids(tool.OFFICIAL[name]) for name in ("train", "val"))
-    assert (len(train), len(val), len({*train, *val})) == (1716, 1817, 3533)
-
-
 def test_what_cannot_be_prepared_is_refused_and_nothing_is_left_or_lost(tmp_path, run, out, monkeypatch):
     own = tmp_path / "own"
     person("a", own)

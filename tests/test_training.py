@@ -13,7 +13,6 @@ from manage.checkpoint import load_checkpoint
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
 from manage.predictor import Predictor
 from manage.train_manager import TrainManager
-from manage.training_report import what_tells_apart
 from tests.factory import TINY, curves, records, train
 from utils.errors import UserError
 
@@ -121,8 +120,3 @@ def test_a_run_that_finds_background_alone_says_so_with_usual_causes(manager, ca
     output = capsys.readouterr().out
     assert output.count("warning: not one pixel of a part is found, all is background. Usual causes: ") == 2
     assert "done, best in epoch 1: mIoU1 0.0 %; all is in" in output
-
-
-def test_the_table_of_hparams_shows_five_keys_first_and_then_what_differs():
-    shown = what_tells_apart(Config(exp_name="mine", lr=0.5, batch_size=4, root_data_dir="elsewhere"))
-    assert sorted(shown) == [" criterion", " decode", " encoder", " lr", " seed", "batch_size"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from utils.views import IMAGENET_MEAN, RandomViews, View, _resize
+from utils.views import IMAGENET_MEAN, RandomViews, View
 
 VOID, SIZE = 255, 64
 MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
@@ -110,10 +110,3 @@ def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
     for view in drawn:  # inside the photo where it is larger; else the photo inside the view
         for start, length in ((view.left, 120), (view.top, 90)):
             assert min(0, length - view.side) <= start <= max(0, length - view.side)
-
-
-@pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 200)])
-def test_a_gpu_resizes_floats_to_what_bytes_give(photo, height, width):
-    image, labels = torch.from_numpy(photo[0]).permute(2, 0, 1), torch.from_numpy(photo[1])
-    as_bytes, as_floats = _resize(image, labels, height, width)[0], _resize(image.float(), labels, height, width)[0]
-    assert (as_bytes - as_floats).abs().max() <= 1
