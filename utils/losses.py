@@ -32,7 +32,8 @@ SOFT_MARGIN_TAU = 1.0  # of `soft_margin`: the margin, in logits, of the leaf th
 
 # ---- one sigmoid a node ------------------------------------------------------------------------------------------
 # How wrong a node is: `turns` times its logit, with -1 on the label's path, +1 off it, 0 unknown. Its term is softplus
-# of that, which needs no epsilon. Min and max commute with sigmoid, so they are taken on logits.
+# of that, which needs no epsilon. Min and max commute with sigmoid, so they are taken on logits:
+# max(a, b) is a + relu(b - a), which is fast on a CPU and leaves a tie to the node itself.
 
 
 def bce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
@@ -48,11 +49,11 @@ def tree_min(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     Source: Li et al., "Deep Hierarchical Semantic Segmentation", CVPR 2022; we sum over nodes where they average.
     """
     turns = look_up(-h.signs(z.device, z.dtype), y)
-    wrong, positive, negative = list((turns * z).unbind(1)), (turns < 0).unbind(1), (turns > 0).unbind(1)
+    wrong, positive, negative = list((turns * z).unbind(1)), (-turns).relu().unbind(1), turns.relu().unbind(1)
     for parent, child in h.edges:
-        wrong[child] = take(wrong[parent], wrong[child], (wrong[parent] > wrong[child]) & positive[child])
+        wrong[child] = wrong[child] + positive[child] * (wrong[parent] - wrong[child]).relu()
     for parent, child in reversed(h.edges):
-        wrong[parent] = take(wrong[child], wrong[parent], (wrong[child] > wrong[parent]) & negative[parent])
+        wrong[parent] = wrong[parent] + negative[parent] * (wrong[child] - wrong[parent]).relu()
     return node_terms(torch.stack(wrong, 1), turns, gamma)
 
 
@@ -63,10 +64,10 @@ def c_hmcnn(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
     Source: Giunchiglia and Lukasiewicz, "Coherent Hierarchical Multi-Label Classification Networks", NeurIPS 2020.
     """
     turns = look_up(-h.signs(z.device, z.dtype), y)
-    wrong, positive, negative = list((turns * z).unbind(1)), (turns < 0).unbind(1), (turns > 0).unbind(1)
+    wrong, positive, negative = list((turns * z).unbind(1)), (-turns).relu().unbind(1), turns.relu().unbind(1)
     for parent, child in reversed(h.edges):
-        higher = positive[child] & (wrong[child] < wrong[parent]) | negative[parent] & (wrong[child] > wrong[parent])
-        wrong[parent] = take(wrong[child], wrong[parent], higher)
+        more = wrong[child] - wrong[parent]
+        wrong[parent] = wrong[parent] + negative[parent] * more.relu() - positive[child] * (-more).relu()
     return node_terms(torch.stack(wrong, 1), turns, gamma)
 
 
@@ -82,11 +83,6 @@ def look_up(table: Tensor, y: Tensor) -> Tensor:
     """Each label's column. Shape: (K, N + 1), (B, H, W) -> (B, K, H, W)."""
     columns = y.flatten(1).unsqueeze(1).expand(-1, len(table), -1)
     return table.expand(len(y), -1, -1).gather(2, columns).view(len(y), len(table), *y.shape[1:])
-
-
-def take(other: Tensor, own: Tensor, where: Tensor) -> Tensor:
-    """torch.where(where, other, own), exact for finite numbers; on a CPU lerp is vectorised and where is not."""
-    return torch.lerp(own, other, where.to(own.dtype))
 
 
 # ---- one softmax over the leaves: m(v) is its mass on the leaves at or below v ------------------------------------
