@@ -27,7 +27,7 @@ TOLD = re.compile(r"\bpython ((?:tools/|configs/)?\w+\.py [^`'\"\n;()]*)")
 SMALL = {"n_epochs": 1, "crop_size": 32, "decoder_channels": [8] * 5, "batch_size": 2, "num_workers": 0}
 SMALL |= {"encoder": "mobilenet_v3_small", "pretrained": False, "warmup_epochs": 0, "save_epoch": 1}
 FEWER = {"n_epochs=20": "n_epochs=4", "n_epochs=30": "n_epochs=5"}
-COPIED = (".py", ".json", ".html", ".css", ".js", ".txt", ".md", ".sh")
+COPIED = (".py", ".json", ".html", ".css", ".js", ".txt", ".md", ".sh", ".pt")
 ELSEWHERE = {"pip", "tensorboard", "export", "cd", "source", "git"}  # programs that are not ours
 
 # Holds torch and our modules, and forks for each command: a start costs a tenth of a second, not five.
