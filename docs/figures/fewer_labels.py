@@ -1,8 +1,10 @@
 """Writes label maps of which few train photos keep their leaves; all others say no more than a level above does.
 
-    python docs/figures/fewer_labels.py --cfg F --out data/fewer      # every 8th train photo keeps its leaves
-    python train.py --cfg F exp_name=mixed gt_dir=$PWD/data/fewer/labels
-    python train.py --cfg F exp_name=few train_sample_ids_file=$PWD/data/fewer/train_few.txt
+    python docs/figures/fewer_labels.py --cfg configs/pascal_part_cpu.json --out data/pascal_part/fewer
+    python tools/experiment.py configs/experiments/fewer_labels.json --jobs 2
+
+Every 8th train photo keeps its leaves. The second command trains on all photos with these maps (mixed) and on those
+that keep their leaves alone, as many steps (few); configs/experiments/losses_cpu.json trains with all leaves.
 
 Val photos keep theirs. train_few.txt lists the train photos that do.
 """
