@@ -103,6 +103,13 @@ def test_an_encoder_that_is_not_there_is_named(name):
         HSEG(name, 10)
 
 
+def test_a_depthwise_convolution_with_a_stride_stays_in_float32_under_bf16():
+    layer, x = build_encoder("mobilenet_v2").features[2].conv[1][0], torch.randn(1, 96, 8, 8)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), exact, rtol=0, atol=0)
+
+
 # --- the whole network ---
 def test_any_size_from_the_stride_on_keeps_its_shape_and_bytes_are_as_good_as_floats(network):
     for size in ((32, 32), (33, 47), (95, 101)):
