@@ -20,7 +20,7 @@ from utils.cli import run_main
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", metavar="F", help="a JSON config; without it the checkpoint's, else the defaults")
-    parser.add_argument("--checkpoint", metavar="C", help="best (default), last, checkpoint_<epoch> or a path")
+    parser.add_argument("--checkpoint", metavar="C", help="last, checkpoint_<epoch> or a path (else best)")
     parser.add_argument("--limit", type=int, metavar="N", help="score only the first N val photos")
     parser.add_argument("--decode", choices=[*DECODE_RULES, "all"], help="another rule; all: score every rule")
     parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")

@@ -40,7 +40,7 @@ RESUMABLE_CHANGES = frozenset(
     "eval_checkpoint decode root_bias tta metrics log_every".split()
 )
 
-# Keys that went; records of old runs may hold them. CHANGELOG.md says of each what there is instead.
+# Keys that went; records of old runs may hold them. A config with one is refused, and pointed to CHANGELOG.md.
 GONE = frozenset(
     "vflip criterion_warmup criterion_warmup_epochs step_epochs step_factor on_non_finite n_val_pictures "
     "save_last_every_minutes node_weights prior_bias poly_power sync_batchnorm".split()
@@ -144,7 +144,7 @@ class Config:
     keep: int = knob(5, "how many of those are kept; best and last always are", low=1)
     decode: str = knob("auto", "rule from scores to a leaf; auto: the criterion's", choices=("auto", *DECODE_RULES))
     root_bias: dict[str, float] = knob({}, "root name -> offset before the argmax; fit it with tools/fit_decode.py")
-    tta: str = knob("off", "views averaged by evaluate, predict and export; full: six scales, flipped", choices=TTA)
+    tta: str = knob("off", "views averaged by evaluate, predict and export; full: six sizes, mirrored", choices=TTA)
     eval_checkpoint: str | None = knob(None, "what evaluate.py scores: best, last, checkpoint_<epoch> or a path")
 
     def __post_init__(self) -> None:

@@ -101,6 +101,8 @@ def choose_device(name: str) -> torch.device:
     """The device of this process. Raises: UserError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:<number>")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and device.index >= count:

@@ -70,7 +70,7 @@ def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: st
     if faults:
         raise UserError(
             f"{source} was started with another config, tree or list of photos ({'; '.join(faults)}). A run that goes "
-            "on must keep them (n_epochs alone may grow): put the old ones back, or choose another exp_name"
+            "on must keep them (n_epochs alone may grow): put the old ones back, or start anew (exp_name, init_from)"
         )
 
 

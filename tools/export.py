@@ -16,7 +16,7 @@ are taken wherever a checkpoint is. A program is used without this project:
 
     input   photos    (B, 3, H, W) uint8 RGB; any B, H and W
     output  leaves    (B, H, W) uint8 node ids
-            scores    (B, N, H, W) float32 in [0, 1]
+            scores    (B, N, H, W) float32, a sigmoid each
 
 Normalisation, padding, views of --tta, and decoding with the checkpoint's root_bias are inside. Resizing is not: where
 NAME.json names a short_side, resize photos to it first. A program is run once, and refused where its scores are not

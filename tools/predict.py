@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--tta", choices=TTA, help="average over views: flip doubles the work, full is 17 times it")
     parser.add_argument("--tile", type=int, metavar="N", help="windows of N pixels; by default for large photos alone")
     parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions in --out")
     arguments = parser.parse_args()
     out = Path(os.path.abspath(arguments.out))
