@@ -206,7 +206,7 @@ class EvaluationManager:
 
     def __init__(self, config: Config, options: EvaluationOptions) -> None:
         self.options, self.device = options, distributed.choose_device(config.device)
-        distributed.start(self.device)
+        distributed.start(self.device, config.timeout_minutes)
         if options.limit is not None and options.limit < 1:
             raise UserError(f"--limit {options.limit}: expected at least 1 photo")
         name = options.checkpoint or config.eval_checkpoint or "best"
