@@ -252,7 +252,7 @@ def parse_overrides(overrides: typing.Sequence[str]) -> dict:
             values[key] = parse_json(text)
         except (ValueError, RecursionError):
             values[key] = text
-        if key in FIELDS and isinstance(FIELDS[key].default, str) and TYPES[key] is str:
+        if TYPES.get(key) is str:
             values[key] = text  # exp_name=2024 is a name, not a number
     return values
 

@@ -37,11 +37,14 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     try:
         data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint{_others(path.parent)}") from None
+    except OSError as error:  # of the disk: the file may be whole
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
         if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():
             raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint{_others(path.parent)}") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged archive
         if is_out_of_memory(error):  # the file is whole
             raise

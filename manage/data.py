@@ -52,8 +52,8 @@ class TrainLoader:
             hierarchy.check_sides(str(config.hierarchy_file), "set hflip=0")
         jitter = (config.scale_jitter, config.hflip, config.rotation, config.color_jitter)
         mirror = hierarchy.mirror and torch.tensor([*hierarchy.mirror, *range(hierarchy.num_nodes, 256)])
-        self.views = RandomViews(config.crop_size, hierarchy.ignore_index, config.short_side, *jitter, mirror, device)
-        self.photos = _photos(config, hierarchy, read_split(config, "train"), n_threads(config, without_gpu=1))
+        self.views = RandomViews(config.crop_size, hierarchy.ignore_index, *jitter, mirror, device)
+        self.photos = _photos(config, hierarchy, read_split(config, "train"), n_threads(config, device, without_gpu=1))
         rank, world = distributed.rank(), distributed.world()
         size = min(config.batch_size, max(1, len(self.photos) // (world * config.accumulate)))
         self.photos.ahead = 4 * size
@@ -76,7 +76,7 @@ class ValLoader:
     """Whole photos on the device, one at a time, their labels at native size; each belongs to one process."""
 
     def __init__(self, config: Config, hierarchy: Hierarchy, ids: list[str], device: torch.device = CPU) -> None:
-        threads = n_threads(config, without_gpu=0)
+        threads = n_threads(config, device, without_gpu=0)
         self.photos = _photos(config, hierarchy, ids, threads, ahead=4 * threads, native_labels=True)
         self.indices, self.device = range(distributed.rank(), len(self.photos), distributed.world()), device
 
@@ -96,11 +96,11 @@ def _photos(config: Config, hierarchy: Hierarchy, ids: list[str], threads: int, 
     return Photos(files, config.short_side, hierarchy.num_nodes, hierarchy.ignore_index, threads=threads, **how)
 
 
-def n_threads(config: Config, without_gpu: int) -> int:
-    """`auto`: with a GPU all cores but one, at most 16; without one the network needs the cores."""
+def n_threads(config: Config, device: torch.device, without_gpu: int) -> int:
+    """`auto`: for a GPU all cores but one, at most 16; without one the network needs the cores."""
     if config.num_workers != "auto":
         return config.num_workers
-    return min(16, max(1, cores() - 1)) if torch.cuda.is_available() else without_gpu
+    return min(16, max(1, cores() - 1)) if device.type == "cuda" else without_gpu
 
 
 class Tolerance:

@@ -51,7 +51,7 @@ DRAWN_AT_ONCE = 4  # photos that threads draw, or have before them, beside the n
 
 
 class Scored(NamedTuple):
-    """A photo and its counts, still on the device: nothing waits for them."""
+    """A photo and its counts, on the network's device."""
 
     sample: Sample
     leaves: Tensor  # (H, W), by the first rule
@@ -282,8 +282,8 @@ class EvaluationManager:
         """The checkpoint's name, and what the command line says otherwise."""
         options, stem = self.options, self.checkpoint.stem
         names = [stem if self._is_own else f"{self.trained_with.exp_name}-{stem}"]
-        names += [options.limit and f"limit{options.limit}", options.decode, options.root_bias and "bias", options.tta]
-        return "-".join(filter(None, [*names, options.tile and f"tile{options.tile}"]))
+        names += [options.limit and f"limit{options.limit}", options.decode, options.root_bias is not None and "bias"]
+        return "-".join(filter(None, [*names, options.tta, options.tile and f"tile{options.tile}"]))
 
     def _make_folder(self) -> None:
         shutil.rmtree(self.unfinished, ignore_errors=True)  # of an evaluation that was stopped

@@ -17,26 +17,25 @@ from manage.inference import autocast, chosen_amp
 from manage.network import build_network, load_start_weights, load_weights
 from manage.training_report import say
 from utils.dataset import Sample
-from utils.encoding import Encoding
 from utils.hierarchy import Hierarchy
 from utils.losses import build_criterion
 
 
 class Learner:
-    """Network, averaged weights, criterion, optimiser and scaler.
+    """Network, averaged weights, criterion, optimiser and scaler. `pixels` has the train photos' pixels of each node.
 
     Raises: UserError where the config asks for what cannot be.
     """
 
-    def __init__(self, config: Config, hierarchy: Hierarchy, encoding: Encoding, device: torch.device) -> None:
-        self.config, self.hierarchy, self.encoding, self.device = config, hierarchy, encoding, device
+    def __init__(self, config: Config, hierarchy: Hierarchy, pixels: Sequence[int], device: torch.device) -> None:
+        self.config, self.hierarchy, self.device = config, hierarchy, device
         self.amp = chosen_amp(device, config.amp)
         on_gpu_in_half = device.type == "cuda" and self.amp != "off"
         is_channels_last = on_gpu_in_half if config.channels_last == "auto" else config.channels_last
         self.layout = torch.channels_last if is_channels_last else torch.preserve_format
         self.network = build_network(config, hierarchy)
-        pixels = torch.tensor(encoding.pixels, dtype=torch.float64)  # of each node
-        self.network.segmentation_head.start_at(pixels / pixels[list(hierarchy.roots)].sum().clamp(min=1))
+        counts = torch.tensor(pixels, dtype=torch.float64)
+        self.network.segmentation_head.start_at(counts / counts[list(hierarchy.roots)].sum().clamp(min=1))
         self.network.to(device, memory_format=self.layout)
         self.ema = EMA(self.network, config.ema_decay) if config.ema_decay else None
         self.criterion = build_criterion(config.criterion, hierarchy, config.gamma, config.compile)
@@ -79,9 +78,8 @@ class Learner:
         processes add up to the gradient of one large batch. Nothing here waits for the device: whether the step was
         finite is read some steps later, and before anything is saved.
         """
-        encoder_factor = 0.0 if is_frozen else self.config.encoder_lr_factor
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr * (encoder_factor if parameters["is_encoder"] else 1.0)
+            parameters["lr"] = lr * (self.config.encoder_lr_factor if parameters["is_encoder"] else 1.0)
         shares = self._shares([batch.labels for batch in group])
         step_loss, world = torch.zeros((), device=self.device), distributed.world()
         self.optimizer.zero_grad(set_to_none=True)
@@ -93,6 +91,8 @@ class Learner:
                 self.scaler.scale(loss * world).backward()  # DDP averages, we want the sum
             step_loss += loss.detach()
         distributed.sum_over_processes([step_loss])
+        if is_frozen:  # no step without a gradient, and none in the norm that is clipped
+            self.network.encoder.zero_grad(set_to_none=True)
         norm = self._clip()
         self.scaler.step(self.optimizer)
         scale = self.scaler.scale(torch.ones_like(step_loss)) * self.scaler.is_enabled()
@@ -185,7 +185,10 @@ def build_optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer
     ]
     # fused: one pass over the weights (a fifth of the time on a CPU), and fp16 need not wait for its overflow flag
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        for parameter in network.parameters():  # left uninitialised by a first step that overflows in fp16
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 

@@ -57,9 +57,7 @@ class Decoding:
         names = [h.names[root] for root in h.roots]
         for name in self.root_bias:
             if name not in names:
-                raise UserError(
-                    f"key 'root_bias': {name!r} is not a root of the tree; its roots are {', '.join(names)}"
-                )
+                raise UserError(f"key 'root_bias': {name!r} is no root of the tree; its roots are {', '.join(names)}")
         return [self.root_bias.get(name, 0.0) for name in names] if self.root_bias else None
 
     def __str__(self) -> str:

@@ -58,7 +58,7 @@ class TrainManager:
         self.kept_photos = keep_photos(splits, config.cache, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
-        self.learner = Learner(config, self.hierarchy, encoding, self.device)
+        self.learner = Learner(config, self.hierarchy, encoding.pixels, self.device)
         self.loader.views.show_outside(self.learner.network.input_mean)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
@@ -241,9 +241,7 @@ class TrainManager:
         if is_best and "best" not in written:
             self.best, self.best_epoch = before  # the next one that is better than what is on disk is the best
         if is_last and "last" not in written:
-            raise UserError(
-                f"the last checkpoint could not be written in {config.checkpoints_dir}; free space, --resume"
-            )
+            raise UserError(f"the last checkpoint was not written in {config.checkpoints_dir}; free space, --resume")
         self._stop_if_asked()
 
     def _validate(self) -> Validation:

@@ -47,7 +47,7 @@ fi
 python=$env/bin/python
 is_supported "$python" || fail "$env has $("$python" -V 2>&1), expected 3.10 to 3.13; delete that folder and run again"
 
-newest=${requirements[-1]}  # it includes the others
+newest=${requirements[${#requirements[@]}-1]}  # it includes the others; [-1] is not for the bash of macOS
 if ! cat "${requirements[@]}" | cmp -s - "$env/.installed-$newest"; then
     echo "installing $newest into $env (a few minutes the first time)" >&2
     pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@" >&2; }

@@ -29,21 +29,9 @@ REPO = Path(__file__).resolve().parents[1]
 TREE = REPO / "configs" / "hierarchies" / "pascal_part.json"
 BODY, VOID = 6, 255  # the largest leaf id, and ignore_index
 
-TINY = {
-    "exp_name": "tiny",
-    "num_workers": 0,
-    "device": "cpu",
-    "crop_size": 32,
-    "encoder": "resnet18",
-    "pretrained": False,
-    "decoder_channels": [8, 8, 8, 8, 8],
-    "criterion": "tree_min",
-    "batch_size": 2,
-    "n_epochs": 3,
-    "log_every": 1,
-    "save_epoch": 1,
-    "keep": 2,
-}
+TINY = {"exp_name": "tiny", "num_workers": 0, "device": "cpu", "log_every": 1, "save_epoch": 1, "keep": 2}
+TINY |= {"encoder": "resnet18", "pretrained": False, "decoder_channels": [8, 8, 8, 8, 8]}
+TINY |= {"criterion": "tree_min", "crop_size": 32, "batch_size": 2, "n_epochs": 3}
 
 
 def make_data(folder: Path, train: int = 8, val: int = 3, seed: int = 0) -> Path:

@@ -100,6 +100,15 @@ def test_the_newest_whole_one_is_found_and_the_damaged_are_named(tmp_path):
         newest_valid(tmp_path, lambda _: None)
 
 
+def test_one_that_the_disk_does_not_give_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    write_in_order(tmp_path, "previous", "last")
+    monkeypatch.setattr(Path, "read_bytes", lambda path: os.read(99, 1))  # EBADF
+    with pytest.raises(UserError, match=r"last\.pt: cannot be read \(Bad file descriptor\)") as raised:
+        newest_valid(tmp_path)
+    assert not isinstance(raised.value, DamagedCheckpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
 def test_keep_removes_the_oldest_numbered_ones_only(tmp_path):
     # checkpoint_2: of a run that began again from checkpoint_1
     write_in_order(tmp_path, *"checkpoint_9 best last previous checkpoint_10 checkpoint_11 checkpoint_2".split())

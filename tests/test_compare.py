@@ -48,11 +48,7 @@ def fake_experiment(
     ids = np.array([f"photo{i}" for i in range(PHOTOS)])
     np.savez_compressed(scored / "photos.npz", ids=ids, logit_sum=matrices, leaf=matrices)
     result = scores_from_confusion(torch.from_numpy(matrices.sum(0, dtype=np.int64)), h) | {"violation_rate": 0.01}
-    record = {
-        "checkpoint": f"{evaluation}.pt",
-        "epoch": 3,
-        "decode": "logit_sum",
-        "root_bias": {},
+    record = {"checkpoint": f"{evaluation}.pt", "epoch": 3, "decode": "logit_sum", "root_bias": {}} | {
         "scores": summary(result),
         "levels": result["levels"],
         "rules": {rule: summary(result) for rule in ("logit_sum", "leaf")},

@@ -126,9 +126,7 @@ def script(tmp_path):
     return lambda *words: subprocess.run([*command, *words], cwd="/", capture_output=True, text=True, check=False)
 
 
-def test_the_script_writes_what_differs_or_everything_overwrites_no_other_values_and_explains_each_key(
-    script, tmp_path
-):
+def test_the_script_writes_what_differs_or_everything_overwrites_no_other_values_and_explains_keys(script, tmp_path):
     (tmp_path / "base.json").write_text('{"exp_name": "base", "lr": 0.5, "batch_size": 2}')
     path = tmp_path / "configs" / "x.json"
     words = ("--cfg", str(tmp_path / "base.json"), "exp_name=x", "seed=3")

@@ -74,6 +74,8 @@ def searching(tmp_path: Path) -> list[Entry]:
 def test_the_better_rate_and_rule_are_chosen_once_all_tries_are_scored(tmp_path: Path, tree: Hierarchy) -> None:
     bce, ce = searching(tmp_path)
     assert [run.entry for run in final_runs([bce, ce], choices([bce, ce]))] == ["ce"]
+    odd = read_entries(write_runs(tmp_path, entry(tmp_path, search={"scale_jitter": [[0.5, 2.0]]})))[0]
+    assert [run.config.exp_name for run in odd.tries()] == ["trial_bce_try_scale_jitter-0.5-2.0-"]
     for run, quality in zip(bce.tries(), (0.4, 0.6), strict=True):
         assert bce.choice() is None
         keys = {k: v for k, v in run.config.to_dict().items() if k not in ("exp_name", "seed", "root_dir", "n_epochs")}

@@ -68,9 +68,7 @@ def test_a_program_agrees_with_pytorch_for_any_batch_and_size(checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["small.pt", "small"])
-def test_a_model_to_hand_on_holds_all_that_the_predictor_needs_and_a_card(
-    checkpoint, tmp_path, monkeypatch, tree, name
-):
+def test_a_model_to_hand_on_holds_what_the_predictor_needs_and_a_card(checkpoint, tmp_path, monkeypatch, tree, name):
     if name == "small":
         pytest.importorskip("safetensors")
     path, options = tmp_path / name, ("--decode", "prob_sum", "--tta", "flip", "--licence", "cc-by-4.0")
@@ -99,9 +97,7 @@ def shipped(tmp_path, tree, monkeypatch) -> Path:
     return file
 
 
-def test_a_shipped_file_is_small_names_no_place_and_is_used_where_no_checkpoint_is_named(
-    shipped, tmp_path, monkeypatch, capsys
-):
+def test_a_shipped_file_is_small_names_no_place_and_is_used_by_default(shipped, tmp_path, monkeypatch, capsys):
     state, best = load_checkpoint(shipped), tmp_path / "experiments/x/models_checkpoints/best.pt"
     assert {value.dtype for value in state["model"].values() if value.dim() > 1} == {torch.float16}
     assert "optimizer" not in state

@@ -54,9 +54,7 @@ def run(monkeypatch, *arguments) -> None:
     fit_decode.main()
 
 
-def test_a_copy_of_the_checkpoint_carries_the_offset_and_the_command_to_score_it_is_told(
-    config, tmp_path, monkeypatch, capsys
-):
+def test_a_copy_of_the_checkpoint_carries_the_offset_and_its_command_is_told(config, tmp_path, monkeypatch, capsys):
     original = tmp_path / "experiments" / "x" / "models_checkpoints" / "best.pt"
     before, overrides = original.read_bytes(), ["decode=mass", 'criterion={"bce": 1.0}', "n_val_photos=2"]
     run(monkeypatch, "--cfg", config, "--decode", "prob_sum", *overrides)

@@ -83,7 +83,7 @@ def test_a_file_is_read_upright_as_evaluation_reads_it_and_shown_at_its_own_size
     ("options", "message"),
     [
         ({"decode": "best"}, "'best' is no decoding rule; expected one of logit_sum"),
-        ({"root_bias": {"torso": 1.0}}, "'torso' is not a root of the tree; its roots are background, body"),
+        ({"root_bias": {"torso": 1.0}}, "'torso' is no root of the tree; its roots are background, body"),
         ({"tta": "both"}, "tta 'both': expected one of off, flip, full"),
         ({"tile": 8}, "tile 8: expected at least 256"),
     ],
@@ -122,9 +122,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_folder_is_predicted_with_all_folders_in_it_and_what_cannot_be_read_is_named(
-    run, photos, tmp_path, predictor, capsys
-):
+def test_a_folder_is_predicted_with_those_in_it_and_what_is_damaged_is_named(run, photos, tmp_path, predictor, capsys):
     noise(40, 34).save(photos / "a.tif")
     (photos / "0.jpg").write_bytes(b"\xff\xd8\xff broken")
     assert run(photos, "--scores") == 1

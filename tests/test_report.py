@@ -62,12 +62,7 @@ def make_report(folder: Path, h: Hierarchy, count: int) -> list[dict]:
         report.write_photo(pictures, sample_id(i), photo, sampled(labels, leaves[0], logits))
         lines.append(report.photo_line(sample_id(i), matrix, labels.shape, h))
     result = meter.compute()
-    scores = {
-        "checkpoint": "best.pt",
-        "epoch": 3,
-        "decode": "logit_sum",
-        "root_bias": {},
-        "tta": "off",
+    scores = {"checkpoint": "best.pt", "epoch": 3, "decode": "logit_sum", "root_bias": {}, "tta": "off"} | {
         "left_out": {f"lost{EVIL}": IMAGE},
         "scores": summary(result),
         "levels": result["levels"],

@@ -32,9 +32,7 @@ def left_alone(data, tmp_path_factory):
     @functools.cache
     def start(workers: int) -> tuple[Path, float]:
         root = tmp_path_factory.mktemp("untouched")
-        Child(
-            "train.py", "--help", log=root / "log"
-        ).wait()  # the fork server has started, so the clock tells of the run
+        Child("train.py", "--help", log=root / "log").wait()  # starts the fork server, so the clock tells of the run
         began = time.monotonic()
         train(root, data, prepare=[(save_each_step,)], **(RICH if workers else PLAIN))
         return root, time.monotonic() - began

@@ -79,18 +79,22 @@ def test_bf16_stays_close_to_float32_and_its_loss_is_float32(start):
 def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale_until_none_is_left(start):
     run = start(amp="fp16")
     before, overflows = weights(run), 1 + int(math.log2(run.learner.scaler.get_scale()))
-    run.learner.network.segmentation_head.register_full_backward_hook(  # no gradient is finite, while the loss is
+    spoil = run.learner.network.segmentation_head.register_full_backward_hook(  # no finite gradient; the loss is
         lambda _module, inputs, _outputs: tuple(None if g is None else g * math.inf for g in inputs)
     )
     for _ in range(overflows):
         scale = run.learner.scaler.get_scale()
         run.train_step([batch_of(1, 2)])
         assert run.learner.scaler.get_scale() < scale
+    assert all(not state["momentum_buffer"].any() for state in run.learner.optimizer.state.values())
     run._read_steps(late=0)
     run.train_step([batch_of(1, 2)])
     with pytest.raises(UserError, match=r"gradient norm (nan|inf) is not finite"):
         run._read_steps(late=0)
     assert_same(before, weights(run), rtol=0, atol=0)
+    spoil.remove()
+    run.learner.step([batch_of(1, 2)], lr=1.0)
+    assert all(value.isfinite().all() for value in weights(run).values())
 
 
 def test_a_compiled_training_gives_the_same_steps_and_checkpoint_and_compiles_once(start, monkeypatch):
@@ -118,6 +122,15 @@ def test_clipping_scales_the_gradient_to_its_limit_and_frozen_statistics_stay(st
     torch.testing.assert_close(gradients(clipped).norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
     assert torch.equal(weights(clipped)[key], before)
     assert not torch.equal(weights(free)[key], before)
+
+
+def test_a_frozen_encoder_takes_no_part_in_the_clipping(start):
+    run = start(grad_clip=1e-3, weight_decay=0.0)
+    before = weights(run)
+    run.learner.step([batch_of(1, 2)], lr=1.0, is_frozen=True)
+    moved = {key: value - before[key] for key, value in weights(run).items() if value.is_floating_point()}
+    assert not any(change.any() for key, change in moved.items() if key.startswith("encoder."))
+    assert torch.cat([change.flatten() for change in moved.values()]).norm().item() == pytest.approx(1e-3, rel=0.01)
 
 
 def test_the_average_follows_its_formula_and_ramps_up():

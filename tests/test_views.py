@@ -99,11 +99,11 @@ def test_colours_change_as_pillow_changes_them(photo, field, kind, factor):
 
 
 def test_a_seed_draws_the_same_view_and_the_settings_bound_it():
-    views = RandomViews(SIZE, VOID, 45, [0.5, 2.0], hflip=0.5, rotation=10.0, color_jitter=0.3)
+    views = RandomViews(SIZE, VOID, [0.5, 2.0], hflip=0.5, rotation=10.0, color_jitter=0.3)
     drawn = [views.draw(seed, 120, 90) for seed in range(200)]
     assert drawn == [views.draw(seed, 120, 90) for seed in range(200)]
     assert 60 < sum(view.flip for view in drawn) < 140
-    assert {64 <= view.side <= 256 for view in drawn} == {True}, "64 / (45 / 90) by a scale of 0.5 to 2"
+    assert {SIZE / 2 <= view.side <= 2 * SIZE for view in drawn} == {True}, "by a scale of 0.5 to 2"
     assert max(abs(view.angle) for view in drawn) <= 10
     assert all(0.7 <= factor <= 1.3 for view in drawn for factor in view[5:])
     assert RandomViews(SIZE, VOID).draw(5, 120, 90)[2:] == View(0, 0, SIZE)[2:], "no settings: a plain crop"

@@ -118,9 +118,7 @@ def test_an_experiment_is_never_overwritten(trained, tmp_path):
     assert (aside / "models_checkpoints/last.pt").read_bytes() == before
 
 
-def test_a_second_process_is_refused_a_stale_lock_taken_over_and_one_of_another_machine_when_told(
-    keys, tmp_path, capsys
-):
+def test_a_second_process_is_refused_a_stale_lock_taken_over_and_one_of_another_host_when_told(keys, tmp_path, capsys):
     other = Lock(tmp_path / "experiments/tiny")
     other.folder.mkdir(parents=True)
     other.take()

@@ -26,7 +26,7 @@ from PIL import Image
 
 from configs.config import REPOSITORY, load_config
 from manage.data import TrainLoader
-from manage.distributed import choose_device
+from manage.distributed import choose_device, start
 from manage.experiment import environment
 from manage.learner import Learner
 from manage.network import load_hierarchy
@@ -46,7 +46,8 @@ def main() -> None:
     config = replace(config, n_train_photos=12 * config.batch_size, num_workers=0)  # twelve batches are enough
     config = replace(config, pretrained=False, encoder_weights=None)
     device, hierarchy = choose_device(config.device), load_hierarchy(config)
-    learner = Learner(config, hierarchy, load_encoding(config.labels_dir, hierarchy), device)
+    start(device)  # the clock waits for the GPU that is chosen
+    learner = Learner(config, hierarchy, load_encoding(config.labels_dir, hierarchy).pixels, device)
     loader = TrainLoader(config, hierarchy, device=device)
     lines = ["| photos/s | median | lowest to highest |", "| --- | ---: | ---: |"]
     for measure in (measure_step, measure_loading):
@@ -86,6 +87,7 @@ def measure_step(learner: Learner, loader: TrainLoader, rounds: int) -> Rows:
 def measure_loading(learner: Learner, loader: TrainLoader, rounds: int) -> Rows:
     """Random views, one thread, nobody else at work: of photos that are decoded anew, and of kept ones."""
     threads, files = torch.get_num_threads(), loader.photos.files
+    n_views = loader.batches.n_batches * loader.batches.batch_size  # photos that fill no step are left out
     torch.set_num_threads(1)
 
     def views() -> None:
@@ -101,7 +103,7 @@ def measure_loading(learner: Learner, loader: TrainLoader, rounds: int) -> Rows:
     yield "JPEG decode alone, one thread", rates(decode, len(files), rounds)
     for title, keep in (("decoded anew", None), ("kept photos", learner.device)):
         loader.photos.keep = keep
-        yield f"random views, {title}, one thread", rates(views, len(files), rounds)
+        yield f"random views, {title}, one thread", rates(views, n_views, rounds)
     torch.set_num_threads(threads)
 
 

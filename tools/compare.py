@@ -190,7 +190,8 @@ def draw_photos(experiments: Sequence[Experiment], labels: Sequence[str], ids: S
     rows: list[list[np.ndarray]] = []
     for e in experiments:
         checkpoint = e.folder / "models_checkpoints" / e.record["checkpoint"]
-        predictor = Predictor.load(checkpoint, decode=e.config["decode"])
+        how = {key: e.record.get(key) for key in ("decode", "root_bias", "tta", "tile")}
+        predictor = Predictor.load(checkpoint, **how)
         files = find_samples(ids, predictor.config.images_dir, predictor.config.labels_dir)
         if not rows:
             photos = [np.array(read_photo(file.photo)) for file in files]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Entry:
         lists = {f"{split}_sample_ids_file": str(self.logs / f"{self.name}_{split}.txt") for split in ("train", "val")}
         fixed = lists | {"seed": self.seeds[0], "root_bias": {}}  # a bias is of one rule, which is yet to be chosen
         tries = [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
-        return [self.run("_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), keys | fixed) for keys in tries]
+        return [self.run(_name_of_try(keys), keys | fixed) for keys in tries]
 
     def choice(self) -> dict[str, Any] | None:
         """The try and the decoding rule with the best of the config's monitored score; None until all are scored."""
@@ -130,6 +131,11 @@ def read_entries(file: Path) -> list[Entry]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{file}: two runs would be {twice[0]!r}; give each a name, and each seed once")
     return entries
+
+
+def _name_of_try(keys: dict[str, Any]) -> str:
+    """As part of an experiment's name, whatever the values are."""
+    return re.sub(r"[^\w.-]+", "-", "_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), flags=re.ASCII)
 
 
 def _with_shared(shared: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:

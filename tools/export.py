@@ -11,8 +11,9 @@ The ending of --out says what is written:
     NAME.pt     the network without its training, weights in half precision: a fraction of best.pt
     NAME        a folder: model.safetensors, config.json, tree.json
 
-The last two come with a card (README.md: scores of all evaluations of the very file, classes, recipe, licence), and
-are taken wherever a checkpoint is. A program is used without this project:
+The last two come with a card (README.md: scores of all evaluations of the very file, classes, recipe, licence). A .pt
+is taken wherever a checkpoint is, a folder by predict.py, demo.py, export.py and Predictor.load. A program is used
+without this project:
 
     input   photos    (B, 3, H, W) uint8 RGB; any B, H and W
     output  leaves    (B, H, W) uint8 node ids

@@ -47,9 +47,7 @@ def read_list(path: Path) -> list[Node]:
     rows = [(row["name"], row["parent"]) for row in csv.DictReader(lines) if {"name", "parent"} <= row.keys()]
     parent_of = {(name or "").strip(): (parent or "").strip() for name, parent in rows}
     if len(parent_of) < max(1, len(rows)) or not {*parent_of.values()} <= {"", *parent_of}:
-        raise UserError(
-            f"{path}: expected the columns name,parent, a line for each class, and one for each parent, too"
-        )
+        raise UserError(f"{path}: expected the columns name,parent, a line for each class, and one for each parent")
     return [(name, parent or None, None) for name, parent in parent_of.items()]
 
 

@@ -21,12 +21,12 @@ from utils.memory import CPU, free_memory, to_device
 
 
 class Sample(NamedTuple):
-    """image (3, H, W) uint8 · labels (H, W) uint8 · index into the ids · fault: why it could not be read, or ""."""
+    """A photo and its labels; or a batch of such, stacked, with (B,) indices and a list of faults."""
 
-    image: Tensor
-    labels: Tensor
-    index: int
-    fault: str
+    image: Tensor  # (3, H, W) uint8
+    labels: Tensor  # (H, W) uint8
+    index: int  # into the ids
+    fault: str  # why it could not be read, or ""
 
 
 class Draw(NamedTuple):
@@ -188,9 +188,6 @@ class EpochBatches:
     def start_at(self, epoch: int, first: int = 0) -> None:
         """The next iteration is of this epoch, from its batch number `first` on."""
         self.epoch, self.first = epoch, first
-
-    def __len__(self) -> int:
-        return self.n_batches - self.first
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))

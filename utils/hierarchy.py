@@ -134,9 +134,10 @@ class Hierarchy:
         """
         return self.cached("signs", device, dtype, self._make_signs)
 
-    def leaves_below(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """1 where the leaf lies at or below the label, else 0. Shape: (leaves, N + 1)."""
-        return self.cached("leaves_below", device, dtype, self._make_leaves_below)
+    def leaves_below(self) -> Tensor:
+        """1 where the leaf lies at or below the label, else 0. Shape: (leaves, N + 1) float32."""
+        below = [[y in self.paths[leaf] for y in range(self.num_nodes)] + [True] for leaf in self.leaves]
+        return torch.tensor(below, dtype=torch.float32)
 
     def leaf_index(self, device: torch.device | str) -> Tensor:
         """Ids of the leaves. Shape: (leaves,) int64."""
@@ -178,7 +179,7 @@ class Hierarchy:
         )
 
     def _level_lut(self, level: int) -> Tensor:
-        lut = torch.full((max(self.num_nodes - 1, self.ignore_index) + 1,), self.ignore_index)
+        lut = torch.full((self.ignore_index + 1,), self.ignore_index)
         lut[: self.num_nodes] = torch.tensor(self.level_tables[level])
         return lut
 
@@ -201,9 +202,6 @@ class Hierarchy:
         return torch.tensor(
             [[1 if v in self.paths[y] else 0 if y in self.paths[v] else -1 for y in n] + [0] for v in n]
         )
-
-    def _make_leaves_below(self) -> Tensor:
-        return torch.tensor([[y in self.paths[leaf] for y in range(self.num_nodes)] + [True] for leaf in self.leaves])
 
     def _check(self, source: str) -> None:
         """What one node alone cannot show."""

@@ -134,7 +134,7 @@ def _soft_margins(h: Hierarchy) -> Tensor:
     """tau * distance of leaf and label over the largest of two leaves; 0 below the label. Shape: (leaves, N + 1)."""
     largest = max(1, *(h.distance(a, b) for a in h.leaves for b in h.leaves))
     distances = [[h.distance(leaf, v) for v in range(h.num_nodes)] + [0] for leaf in h.leaves]
-    return SOFT_MARGIN_TAU * torch.tensor(distances).double() * (1 - h.leaves_below("cpu")) / largest
+    return SOFT_MARGIN_TAU * torch.tensor(distances).double() * (1 - h.leaves_below()) / largest
 
 
 def node_ce(z: Tensor, y: Tensor, h: Hierarchy, gamma: float = 0.0) -> Tensor:
@@ -179,7 +179,7 @@ def leaf_logits(z: Tensor, h: Hierarchy) -> Tensor:
 
 def log_sum_below(values: Tensor, y: Tensor, h: Hierarchy) -> Tensor:
     """log of the sum of exp over the leaves at or below the label. Shape: (B, leaves, H, W) -> (B, H, W)."""
-    outside = h.cached("outside", values.device, values.dtype, lambda: (h.leaves_below("cpu") - 1) * FAR)
+    outside = h.cached("outside", values.device, values.dtype, lambda: (h.leaves_below() - 1) * FAR)
     values = values + look_up(outside, y)
     # what logsumexp does, but a CPU's exp is slow far below 0, and beyond -80 a term is lost in the sum
     highest = values.detach().amax(1, keepdim=True)

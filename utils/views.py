@@ -38,7 +38,6 @@ class RandomViews:
 
     size: int
     void: int
-    short_side: int | None = None
     scale_jitter: Sequence[float] | None = None
     hflip: float = 0.0
     rotation: float = 0.0
@@ -59,9 +58,7 @@ class RandomViews:
     def draw(self, seed: int, width: int, height: int) -> View:
         """A random view of a photo of that size; equal seeds draw equal views."""
         chance = random.Random(seed)
-        scale = (self.short_side or min(width, height)) / min(width, height)
-        scale *= chance.uniform(*(self.scale_jitter or (1, 1)))
-        side = max(1, round(self.size / scale))
+        side = max(1, round(self.size / chance.uniform(*(self.scale_jitter or (1, 1)))))
         # anywhere inside the photo; along an axis where the photo is smaller, the photo anywhere inside the window
         left, top = (chance.randint(min(0, n - side), max(0, n - side)) for n in (width, height))
         flip, angle = chance.random() < self.hflip, chance.uniform(-self.rotation, self.rotation)

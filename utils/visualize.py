@@ -7,9 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.hierarchy import Hierarchy
-from utils.images import write_indexed
+from utils.images import VOID_COLOUR, write_indexed
 
-VOID_COLOUR = (128, 128, 128)
 LARGEST_JPEG = 65_500  # pixels a side
 
 

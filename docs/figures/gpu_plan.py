@@ -11,7 +11,6 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -67,9 +66,7 @@ class Counter(TorchDispatchMode):
 def count_step(config: Config) -> Counter:
     """One step of `Learner`, of batch_size crops of crop_size."""
     hierarchy, shape = load_hierarchy(config), (config.batch_size, config.crop_size, config.crop_size)
-    ones = [1] * hierarchy.num_nodes
-    counts = SimpleNamespace(pixels=ones, labelled=ones)
-    learner = Learner(replace(config, amp="bf16"), hierarchy, counts, torch.device("cpu"))
+    learner = Learner(replace(config, amp="bf16"), hierarchy, [1] * hierarchy.num_nodes, torch.device("cpu"))
     learner.set_train_mode(is_frozen=False)
     with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
         images, labels = torch.zeros(shape[0], 3, *shape[1:]), torch.zeros(shape, dtype=torch.uint8)
