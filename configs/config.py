@@ -161,8 +161,9 @@ class Config:
             raise UserError(f"key 'decoder_channels': expected 5 numbers, one a stage, found {len(channels)}")
         if isinstance(self.criterion, dict) and not sum(self.criterion.values()) > 0:
             raise UserError("key 'criterion': expected at least one loss with a weight above 0")
-        if self.pretrained and self.encoder_weights is not None:
-            raise UserError("keys 'pretrained' and 'encoder_weights' exclude each other: set pretrained=false")
+        if self.encoder_weights is not None and (self.pretrained or self.init_from is not None):
+            other, value = ("pretrained", "false") if self.pretrained else ("init_from", "null")
+            raise UserError(f"keys {other!r} and 'encoder_weights' exclude each other: set {other}={value}")
 
     @property
     def decode_rule(self) -> str:

@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 FEWEST_PHOTOS = 20  # with less, a bootstrap interval is too narrow to be believed
 
 # Keys that do not change what a run computes. How it is decoded does change its scores.
-NOT_COMPARED = {"exp_name", "seed", *RESUMABLE_CHANGES} - {"decode", "root_bias"}
+NOT_COMPARED = {"exp_name", "seed", *RESUMABLE_CHANGES} - {"decode", "root_bias", "tta"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def load_experiment(name: str | Path, evaluation: str = "best") -> Experiment:
             ids, matrices = photos["ids"].tolist(), photos[record["decode"]]
     except Exception as error:  # a damaged archive raises many kinds
         raise UserError(f"{scored}/photos.npz: damaged ({error}); run evaluate.py again") from None
-    config = record["config"] | {key: record[key] for key in ("decode", "root_bias")}
+    config = record["config"] | {key: record[key] for key in ("decode", "root_bias", "tta", "tile") if key in record}
     config["processes"] = list(dict.fromkeys(start.get("processes", 1) for start in starts)) or [1]
     return Experiment(folder, config, record, starts, ids, matrices)
 

@@ -346,6 +346,8 @@ class EvaluationManager:
 
 def _identity(folder: Path) -> list:
     """What makes two evaluations say the same."""
-    path = folder / "scores.json"
-    record = read_json(path) if path.is_file() else {}
-    return [[record.get(key) for key in IDENTITY], *record.get("rules", [])]
+    try:
+        record = read_json(folder / "scores.json")
+        return [[record.get(key) for key in IDENTITY], *record.get("rules", [])]
+    except (UserError, AttributeError):  # none, or damaged
+        return []

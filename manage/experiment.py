@@ -66,7 +66,8 @@ def check_same_run(config: Config, hierarchy: Hierarchy, state: dict, source: st
     tree = Hierarchy.from_dict(state["tree"], f"{source}, its tree")
     faults += [f"the tree {config.hierarchy_file} has other {part}" for part in tree_changes(tree, hierarchy)]
     others = [key for key in lists if state.get(key, lists[key]) != lists[key]]
-    faults += [f"other photos in {config.ids_file(key.removesuffix('_ids'))}" for key in others]
+    places = {"labels": config.labels_dir} | {f"{s}_ids": config.ids_file(s) for s in ("train", "val")}
+    faults += [f"other {'labels' if key == 'labels' else 'photos'} in {places[key]}" for key in others]
     if faults:
         raise UserError(
             f"{source} was started with another config, tree or list of photos ({'; '.join(faults)}). A run that goes "

@@ -91,10 +91,7 @@ def restore_network(state: dict, source: str) -> tuple[Config, Hierarchy, HSEG]:
 
 
 def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Loads every weight exactly.
-
-    Raises: UserError when the checkpoint is of another architecture.
-    """
+    """Loads every weight exactly. Raises: UserError when the checkpoint is of another architecture."""
     own = network.state_dict()
     weights = {key: own[key] for key in ("input_mean", "input_std") if key in own} | weights  # version 0.1 lacks them
     wrong = [key for key in own if getattr(weights.get(key), "shape", None) != own[key].shape]

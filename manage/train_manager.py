@@ -17,6 +17,7 @@ from manage import distributed, experiment
 from manage.checkpoint import DamagedCheckpoint, find_checkpoint, keep_newest, load_checkpoint, newest_valid, pack
 from manage.data import Tolerance, TrainLoader, ValLoader, check_data, read_split
 from manage.evaluation_manager import Validation, validate
+from manage.inference import NotFinite
 from manage.learner import Learner, Step, seed_everything
 from manage.network import load_hierarchy
 from manage.predictor import Decoding
@@ -30,6 +31,7 @@ from utils.schedules import lr_factor
 SAVE_EVERY_S = 600  # last.pt, inside an epoch
 LATE_STEPS = 4  # so many steps later the numbers of a step are read: nothing waits for the device
 STOPS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]  # save, and end
+ADVICE = "The checkpoints are from before it. Lower lr, or set grad_clip (such as 1.0), under a new exp_name"
 PROGRESS = ("epoch", "batch", "step", "loss_sum", "best", "best_epoch")  # kept in checkpoints
 
 
@@ -48,7 +50,7 @@ class TrainManager:
         self.device, self.world = distributed.choose_device(config.device), distributed.world()
         self.hierarchy = load_hierarchy(config)
         Decoding.of(config).biases(self.hierarchy)  # which can refuse them
-        encoding = check_data(config, self.hierarchy)
+        self.encoding = check_data(config, self.hierarchy)
         seed_everything(config)
         self.loader = TrainLoader(config, self.hierarchy, self.device)
         self.batches = self.loader.batches
@@ -58,7 +60,7 @@ class TrainManager:
         self.kept_photos = keep_photos(splits, config.cache, self.device)
         self.steps_per_epoch = self.batches.n_batches // config.accumulate
         self.warmup_epochs = config.warmup_epochs if config.warmup_epochs < config.n_epochs else config.n_epochs / 2
-        self.learner = Learner(config, self.hierarchy, encoding.pixels, self.device)
+        self.learner = Learner(config, self.hierarchy, self.encoding.pixels, self.device)
         self.loader.views.show_outside(self.learner.network.input_mean)
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch to train on, and optimiser steps done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this epoch
@@ -152,6 +154,8 @@ class TrainManager:
         except Interrupted as stop:
             self.report.farewell(stop.args[0], self.step, is_saved=bool(self.save("last")))
             return 128 + stop.args[0]
+        except NotFinite as error:  # in validation: the weights are spoilt, and must not be saved
+            raise UserError(f"{error}. {ADVICE}") from None
         except Exception as error:
             if distributed.means_lost_process(error):
                 raise
@@ -212,9 +216,7 @@ class TrainManager:
                 photos = ", ".join(sample_id for part in distributed.gather(ids) for sample_id in part)
                 raise UserError(
                     f"step {step.number} (epoch {(step.number - 1) // self.steps_per_epoch + 1}): loss {loss:g}, "
-                    f"gradient norm {norm:g} is not finite. Photos: {photos}. The checkpoints in "
-                    f"{self.config.checkpoints_dir} are from before it. Lower lr, or set grad_clip (such as 1.0), "
-                    "under a new exp_name"
+                    f"gradient norm {norm:g} is not finite. Photos: {photos}. {ADVICE}"
                 )
             self.newest_loss = f"{loss:.3f}"
             if step.number % self.config.log_every == 0:
@@ -223,17 +225,17 @@ class TrainManager:
     def _finish_epoch(self) -> None:
         """Validates, draws the curves, and saves."""
         config, number, result = self.config, self.epoch + 1, None
-        is_last, before = number == config.n_epochs, (self.best, self.best_epoch)
+        is_last = number == config.n_epochs
         record = {"epoch": number, "step": self.step, "lr": self.learner.optimizer.param_groups[0]["lr"]}
         record["loss_train"] = float(self.loss_sum) / self.steps_per_epoch
         record["photos_per_second"] = self.photos_per_second
         if is_last or number % config.val_every == 0:
             result = self._validate()
             record |= result.scores
-        score = record.get(config.monitor.split()[1])
+        self.report.epoch(record, result)
+        score, before = record.get(config.monitor.split()[1]), (self.best, self.best_epoch)
         if is_best := self._is_best(score):
             self.best, self.best_epoch = score, number
-        self.report.epoch(record, result)
         self.epoch, self.batch = number, 0
         self.loss_sum.zero_()
         is_kept = is_last or number % config.save_epoch == 0
@@ -318,9 +320,10 @@ class TrainManager:
         self.tolerance.faults, self.val_tolerance.faults = map(dict, state["faults"])
 
     def _lists(self) -> dict[str, str]:
-        """What tells whether the lists of photos are still the same."""
+        """What tells whether the lists of photos, and the classes in them, are still the same."""
         lists = {"train_ids": self.train_ids, "val_ids": self.val_ids}
-        return {key: hashlib.sha256("\n".join(ids).encode()).hexdigest() for key, ids in lists.items()}
+        lists["labels"] = [str(self.encoding.files.get(i, {}).get("counts")) for i in self.train_ids + self.val_ids]
+        return {key: hashlib.sha256("\n".join(lines).encode()).hexdigest() for key, lines in lists.items()}
 
     # --- ends before the last epoch ---
     def _last_words(self, error: Exception) -> str:

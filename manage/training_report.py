@@ -1,5 +1,6 @@
 """What a training says and draws: its plan, a line an epoch, TensorBoard, metrics.jsonl, and its last line."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -17,6 +18,7 @@ from manage.evaluation_manager import Validation
 from manage.experiment import command
 from manage.inference import chosen_amp
 from utils.cli import duration, progress
+from utils.errors import UserError
 from utils.files import write_whole
 from utils.hierarchy import Hierarchy
 
@@ -28,8 +30,9 @@ PLACES = ("exp_name", "root_dir", "root_data_dir", "device", "num_workers")  # s
 def say(text: str) -> None:
     """A line on screen, from one process."""
     if distributed.is_main():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a full disk, or a reader that went away, ends no training
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def bar(total: int, initial: int, name: str) -> tqdm:
@@ -52,7 +55,10 @@ class TrainingReport:
         """Goes on after a step and an epoch; hides what an earlier process drew beyond. Raises: OSError."""
         if self.file.is_file():
             lines = self.file.read_text(encoding="utf-8").splitlines()
-            self.lines = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+            try:
+                self.lines = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self.file}: a line is no record of an epoch; mend it, or move it away") from None
         self.writer = SummaryWriter(str(self.config.tensorboard_dir), purge_step=step + 1)
         self._draw(lambda writer: writer.add_custom_scalars(LAYOUT))
 

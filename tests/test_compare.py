@@ -48,7 +48,7 @@ def fake_experiment(
     ids = np.array([f"photo{i}" for i in range(PHOTOS)])
     np.savez_compressed(scored / "photos.npz", ids=ids, logit_sum=matrices, leaf=matrices)
     result = scores_from_confusion(torch.from_numpy(matrices.sum(0, dtype=np.int64)), h) | {"violation_rate": 0.01}
-    record = {"checkpoint": f"{evaluation}.pt", "epoch": 3, "decode": "logit_sum", "root_bias": {}} | {
+    record = {"checkpoint": f"{evaluation}.pt", "epoch": 3, "decode": "logit_sum", "root_bias": {}, "tta": "off"} | {
         "scores": summary(result),
         "levels": result["levels"],
         "rules": {rule: summary(result) for rule in ("logit_sum", "leaf")},
@@ -121,6 +121,8 @@ def test_runs_that_differ_only_in_seed_form_a_group_which_may_be_named_and_repea
     assert all(d.low < d.value < d.high for d in comparison.differences)
     again = fake_experiment(tmp_path, tree, "again", 0.5)
     assert [group.label for group in compared([runs[0], again]).groups] == ["bce_seed0", "again"]
+    change_scores(again, tta="flip", config=load_experiment(runs[0]).record["config"] | {"seed": 7})
+    assert compared([runs[0], again]).differing == {"tta": ["off", "flip"]}
     # batch_size is of each process, so with more of them the batches differ; an old run's records say nothing: one
     write_json([ENVIRONMENT | {"processes": 4}], runs[1] / "environment.json")
     (runs[0] / "environment.json").unlink()
@@ -164,9 +166,7 @@ def test_a_report_holds_the_scores_in_every_format_and_needs_no_other_file(tmp_p
     monkeypatch.setattr("sys.argv", ["compare.py", *map(str, folders), "--out", str(tmp_path / "out")])
     tool.main()
     assert "no photos side by side" in capsys.readouterr().out  # there are no checkpoints here
-    text, page, tex, record = (
-        (tmp_path / f"out/comparison.{kind}").read_text() for kind in ("md", "html", "tex", "json")
-    )
+    text, page, tex, record = ((tmp_path / f"out/comparison.{k}").read_text() for k in ("md", "html", "tex", "json"))
     own = [load_experiment(folder).record["scores"]["mIoU1"] for folder in runs[:3]]
     assert f" {100 * np.mean(own):.2f} ± {100 * np.std(own, ddof=1):.2f} |" in text
     assert re.search(r"\| sum_seed0 *\| *bce_seed0 \| +mIoU1 \(parts\) \| .* better \|", text)

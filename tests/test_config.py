@@ -68,6 +68,7 @@ REFUSED = {
     '{"device": "gpu"}': "'device': expected auto",
     '{"monitor": "mIoU1"}': "'monitor': expected",
     '{"encoder_weights": "x.pth"}': "'pretrained' and 'encoder_weights' exclude",
+    '{"encoder_weights": "x", "pretrained": false, "init_from": "y"}': "'init_from' and 'encoder_weights' exclude",
     '{"root_dir": ""}': "'root_dir': expected a text",
     "{": "line 1: not valid JSON",
 }
@@ -93,14 +94,9 @@ def test_keys_that_went_are_named_but_stand_in_records(tmp_path):
 
 # ---- overrides ---------------------------------------------------------------------------------------------------
 
-OVERRIDES = {
-    "lr=0.02": 0.02,
-    "pretrained=false": False,
-    "n_val_photos=null": None,
-    'criterion={"bce": 1, "tree_min": 2}': {"bce": 1, "tree_min": 2},
-    "exp_name=2024": "2024",  # a name, not a number
-    "root_dir=/a=b": "/a=b",
-}
+OVERRIDES = {"lr=0.02": 0.02, "pretrained=false": False, "n_val_photos=null": None, "root_dir=/a=b": "/a=b"}
+OVERRIDES |= {'criterion={"bce": 1, "tree_min": 2}': {"bce": 1, "tree_min": 2}}
+OVERRIDES |= {"exp_name=2024": "2024"}  # a name, not a number
 
 
 def test_an_override_is_json_where_it_can_be_and_text_elsewhere_and_a_mistaken_one_is_named():

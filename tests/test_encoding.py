@@ -174,10 +174,8 @@ def encode_and_die(folder: Path, tree: dict, event: str, pattern: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("event", "pattern"), [("os.rename", "*/b.png"), ("open", "*.a.png.*"), ("os.remove", "*/c.png")]
-)
-def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(folder, tree, event, pattern):
+@pytest.mark.parametrize("moment", [("os.rename", "*/b.png"), ("open", "*.a.png.*"), ("os.remove", "*/c.png")])
+def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(folder, tree, moment):
     write_mask(folder, "c", LABELS["a"])
     write_photo(folder, "c", (4, 2))
     encode(folder, tree)
@@ -187,7 +185,7 @@ def test_a_killed_encoder_leaves_no_claim_that_lies_and_the_next_run_goes_on(fol
     np.save(folder / "gt_masks" / "b.npy", changed["b"])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.factory"])
-    process = context.Process(target=encode_and_die, args=(folder, tree.to_dict(), event, pattern))
+    process = context.Process(target=encode_and_die, args=(folder, tree.to_dict(), *moment))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -204,6 +202,9 @@ def test_a_second_encoder_is_refused_while_the_first_is_at_work(folder, tree):
     with FileLock(folder / "hie" / LOCK), pytest.raises(UserError, match="is being written by another process"):
         encode(folder, tree)
     assert encode(folder, tree) == 2
+    os.rename(folder / "JPEGImages" / "a.jpg", os.fsencode(folder / "JPEGImages") + b"/caf\xe9.jpg")  # Latin-1
+    with pytest.raises(UserError, match=r"caf.udce9\.jpg'\): its name is not UTF-8; rename it"):
+        encode(folder, tree)
 
 
 def test_masks_that_changed_or_went_after_encoding_are_named_and_touched_ones_let_pass(folder, tree):

@@ -96,9 +96,7 @@ def test_what_the_command_line_names_wins_and_other_rules_go_without_the_offset(
 
 
 @pytest.mark.parametrize("devices", [(), ("cpu",)])
-def test_logits_that_are_not_finite_stop_it_with_the_photos_id_and_earlier_scores_stay(
-    config, best, monkeypatch, devices
-) -> None:
+def test_logits_that_are_not_finite_stop_it_by_the_photos_id_and_old_scores_stay(config, best, monkeypatch, devices):
     folder, record = evaluate(config)
     monkeypatch.setattr(inference, "LAUNCHING", devices)
     best(float("nan"))
@@ -146,6 +144,9 @@ def test_an_equal_evaluation_is_replaced_and_another_one_set_aside(config, best)
     _, latest = evaluate(config)
     assert len(folders()) == 3
     assert read_json(folder / "scores.json") == latest
+    (folder / "scores.json").write_text("[]")
+    evaluate(config)
+    assert len(folders()) == 4
 
 
 def test_views_and_windows_are_recorded_and_overlays_have_the_photos_own_size(config, best) -> None:

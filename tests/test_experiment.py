@@ -52,6 +52,8 @@ MISTAKES = {  # a change of a run, and what is said of it
     "a config key": ({"overrides": {"lrr": 1}}, "run 'bce': .*unknown key 'lrr'; did you mean 'lr'"),
     "a searched key": ({"search": {"lrr": [1]}}, "unknown key 'lrr'"),
     "no values": ({"search": {"lr": 0.1}}, "'search' is "),
+    "a searched seed": ({"search": {"seed": [1]}}, "'search' is {\"seed\": "),
+    "no seeds": ({"seeds": [], "search": {"lr": [1]}}, r"'seeds' is \[\]"),
     "no config": ({"cfg": "configs/nothing.json"}, "no such file"),
 }
 
@@ -103,7 +105,7 @@ def test_a_run_is_finished_when_its_last_epoch_is_scored_as_its_config_decodes(t
     with pytest.raises(UserError, match=r"exists with another config \(lr differ\)"):
         own[0].finals({"lr": 0.5})[0].scored()
     record = json.loads(path.read_text())
-    for change in ({"epoch": 2}, {"root_bias": {"body": 0.5}}):
+    for change in ({"epoch": 2}, {"root_bias": {"body": 0.5}}, {"tta": "flip"}):
         path.write_text(json.dumps(record | change))
         assert run.scored() is None
 

@@ -19,7 +19,7 @@ from utils.masks import MaskReader, find_masks, read_classes
 
 TREES = Path(__file__).resolve().parents[1] / "configs" / "hierarchies"
 PASCAL = Hierarchy.load(TREES / "pascal_part.json")
-NAMES = ["background", "head", "torso", "traffic_light"]
+NAMES = ["background", "head", "torso", "traffic_light", "HEAD"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -66,6 +66,7 @@ def test_a_split_depends_on_the_seed_and_not_on_the_order():
     ("text", "expected"),
     [
         ("0: bg\n1 head\n\r\n2,Torso\n", {"0": "background", "1": "head", "2": "torso"}),
+        ("HEAD: 1, head: 2, Head: 3", {"1": "HEAD", "2": "head", "3": "head"}),
         ("head: 24, torso: 25 26", {"24": "head", "25": "torso", "26": "torso"}),
         ("# mine\n24: head\nhead: 025\nvoid: *", {"24": "head", "25": "head", "*": "void"}),
         ("Traffic Light: #DC143C, 3\nunlabelled = 0", {"#dc143c": "traffic_light", "3": "traffic_light", "0": "void"}),
@@ -113,6 +114,7 @@ def write_mask(path: Path, values: np.ndarray, palette: np.ndarray | None = None
         (INNER, OWN, INNER),
         (VALUES, MERGED | {"40000": "torso"}, MEANT),
         (VALUES, MERGED | {"*": "torso"}, MEANT),
+        (USUAL, {"0": "background", "*": "head"}, [[0, 4, 4, 4], [4, 4, 4, 255]]),
         (USUAL, read_classes(TREES / "pascal_part_classes.txt", PASCAL.names), [[0, 4, 2, 6], [1, 5, 3, 255]]),
         (COLOURS[LABELS], None, LABELS),
         (OPAQUE, None, LABELS),

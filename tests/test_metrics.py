@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.reference import tree_of
 from utils.decode import DECODERS
 from utils.hierarchy import Hierarchy
 from utils.metrics import LevelScores
@@ -34,16 +35,9 @@ def test_scores_of_six_pixels_by_hand(h: Hierarchy) -> None:
     #         background  head as torso  torso  up_leg as head  head  void
     scores = scored([0, 2, 2, 4, 4, 1], [0, 4, 2, 5, 4, VOID], h)
     parts, halves, body = scores["levels"]
-    assert parts["IoU"] == {
-        "background": 1.0,
-        "low_hand": None,
-        "torso": 1 / 2,
-        "low_leg": None,
-        "head": 1 / 3,
-        "up_leg": 0.0,
-        "up_hand": None,
-    }
-    assert parts["absent"] == ["low_hand", "low_leg", "up_hand"]
+    assert parts["absent"] == (absent := ["low_hand", "low_leg", "up_hand"])
+    seen = {"background": 1.0, "torso": 1 / 2, "head": 1 / 3, "up_leg": 0.0}
+    assert parts["IoU"] == seen | dict.fromkeys(absent)
     assert scores["mIoU1"] == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
     assert scores["mIoU1_with_background"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 0) / 4)
     assert halves["IoU"] == {"background": 1.0, "upper_body": 3 / 4, "lower_body": 0.0}
@@ -74,3 +68,5 @@ def test_calibration_errors_by_hand(h: Hierarchy) -> None:
     assert scores["ECE_leaf"] == pytest.approx(0.9 - 0.75, abs=1e-4)
     assert scores["ECE_body"] == pytest.approx(0.25, abs=1e-4)
     assert scores["ECE_background"] == pytest.approx(0, abs=1e-4)
+    plants = LevelScores(tree_of([None, None], ["soil", "leaf"], background=[0])).compute()
+    assert [key for key in plants if key[:4] == "ECE_"] == ["ECE_leaf", "ECE_soil", "ECE_root leaf"]

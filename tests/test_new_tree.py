@@ -52,8 +52,9 @@ def test_a_list_becomes_a_tree_that_is_never_overwritten(made, tmp_path, text, s
     assert Hierarchy.load(tmp_path / "tree.json").to_dict() == made(text, suffix).to_dict()
 
 
-def test_a_list_of_values_gives_the_order_of_the_leaves(made):
-    h = made("1: dog\n0: bg\ncat: 2, 7\n255: void\n")
+@pytest.mark.parametrize("text", ["1: dog\n0: bg\ncat: 2, 7\n255: void\n", "bg: #000000\ndog: #0a0b0c #mine\ncat: *\n"])
+def test_a_list_of_values_gives_the_order_of_the_leaves(made, text):
+    h = made(text)
     assert h.names == ("bg", "dog", "cat")
     assert h.background == {0}
 
@@ -69,6 +70,7 @@ def test_colours_are_easy_to_tell_apart(count, least):
     [
         ("cat\n    head\n  tail\n", ".txt", "line 3: 'tail' should be as far in .* say 4"),
         ("cat\n  head\ndog\n  head\n", ".txt", "same name 'head'"),
+        ("cat\n  cat\n", ".txt", "cycle, cat -> cat"),
         ("", ".txt", "at least one node"),
         ("cat,animal\nhead,cat\n", ".csv", "name,parent"),
         ("name,parent\ncat,animal\n", ".csv", "one for each parent"),

@@ -1,6 +1,7 @@
 """From a checkpoint to label maps: the predictor, and tools/predict.py."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -142,8 +143,11 @@ def test_a_folder_is_predicted_with_those_in_it_and_what_is_damaged_is_named(run
 
 def test_earlier_predictions_are_neither_replaced_nor_predicted_again(run, photos, tmp_path):
     assert run(photos / "a.png") == 0
-    with pytest.raises(UserError, match=r"exists already.*--overwrite"):
+    with pytest.raises(UserError, match=r"out is not empty; .*--overwrite"):
         run(photos)
+    (photos / ".thumbs").mkdir()
+    shutil.copy(photos / "a.png", photos / ".thumbs")
+    shutil.copytree(tmp_path / "out", tmp_path / "earlier")
     assert run(photos / "**" / "a.*", tmp_path, "--overwrite") == 0  # each once, and nothing of what was just written
     assert [line["name"] for line in lines(tmp_path / "out")] == ["a", "deep/a"]
     with pytest.raises(UserError, match=r"absent.jpg: no such photo"):

@@ -99,6 +99,16 @@ def test_an_unexpected_end_saves_what_is_whole_and_says_one_line(manager, tmp_pa
     assert state(tmp_path)["step"] == 4
 
 
+def test_an_epoch_that_could_not_be_told_of_is_still_the_best_when_it_is_the_best(manager, tmp_path):
+    run = manager()
+    run._is_best, run.report.epoch = lambda score: True, lambda *_: fail_with(BrokenPipeError(32, "Broken pipe"))
+    with pytest.raises(UserError, match="Broken pipe"):
+        run.run()
+    assert state(tmp_path)["best"] is None
+    assert manager().run("") == 0
+    assert (tmp_path / "experiments/tiny/models_checkpoints/best.pt").is_file()
+
+
 def test_out_of_memory_names_the_keys_and_saves_no_half_step(manager, tmp_path):
     for error in (lambda: torch.empty(1 << 60), lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory."))):
         run = manager()

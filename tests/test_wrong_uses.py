@@ -6,11 +6,13 @@ import shutil
 import socket
 
 import pytest
+import torch
 from PIL import Image
 
 from configs.config import Config
 from manage.checkpoint import load_checkpoint, pack
 from manage.evaluation_manager import EvaluationManager, EvaluationOptions
+from manage.inference import forward
 from manage.train_manager import TrainManager
 from tests.factory import TINY, TREE, make_data
 from utils.errors import UserError
@@ -142,6 +144,10 @@ def test_a_run_does_not_go_on_with_other_photos_or_a_changed_tree(keys, tmp_path
         (tmp_path / "data" / f"{split}_id.txt").write_text("\n".join(names[::-1]) + "\n")
         refused(train(keys, ""), f"{split}_id.txt", "other photos", "last.pt", "put the old ones back")
         (tmp_path / "data" / f"{split}_id.txt").write_text("\r\n".join(names))
+    record = tmp_path / "data/gt_masks_hie/encoding.json"
+    record.write_text((before := record.read_text()).replace('"counts": {', '"counts": {"9": 7, ', 1))
+    refused(train(keys, ""), "other labels in", "gt_masks_hie", "last.pt")
+    record.write_text(before)
     tree["nodes"][1]["colour"] = [1, 2, 3]
     path.write_text(json.dumps(tree))
     assert train(keys, "")() == 0
@@ -157,14 +163,15 @@ def test_a_run_does_not_go_on_with_other_photos_or_a_changed_tree(keys, tmp_path
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(keys, tmp_path):
     manager = TrainManager(Config(**keys | {"n_epochs": 2}))
     step = manager.train_step
-    infinite = float("inf")
-    manager.train_step = lambda group: step(
-        [batch._replace(image=batch.image * infinite) if manager.step == 3 else batch for batch in group]
-    )
+    manager.train_step = lambda group: step([b._replace(image=b.image / (manager.step != 3)) for b in group])
     refused(manager.run, "step 4 (epoch 2): loss nan", "not finite", "Photos: p0", "from before it", "grad_clip")
     last = load_checkpoint(tmp_path / "experiments/tiny/models_checkpoints/last.pt")
     assert (last["step"], last["epoch"]) == (2, 1)
     assert all(tensor.isfinite().all() for tensor in last["model"].values())
+    manager = TrainManager(Config(**keys | {"n_epochs": 3}))
+    manager._validate = lambda: forward(lambda photos: photos / 0, torch.ones(1, 3, 32, 32), "off")
+    refused(lambda: manager.run(""), "logits are not finite", "from before it", "grad_clip")
+    assert load_checkpoint(tmp_path / "experiments/tiny/models_checkpoints/last.pt")["step"] == 2
 
 
 def test_a_finished_run_goes_on_with_more_epochs(trained, tmp_path, capsys):
@@ -173,6 +180,8 @@ def test_a_finished_run_goes_on_with_more_epochs(trained, tmp_path, capsys):
     refused(train(trained, n_epochs=3), "exists already", "--resume")
     assert train(trained, "", n_epochs=3)() == 0
     output = capsys.readouterr().out
+    (folder / "metrics.jsonl").write_text("[]\n")
+    refused(train(trained, "", n_epochs=3), "metrics.jsonl: a line is no record")
     assert "resumed from" in output
     assert "epoch 3/3" in output
     assert json.loads((folder / "configs/tiny.json").read_text())["n_epochs"] == 3

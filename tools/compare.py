@@ -28,15 +28,7 @@ import numpy as np
 from PIL import Image
 
 from configs.config import DECODE_RULES
-from manage.comparison import (
-    CONFIDENCE,
-    SEVERITY,
-    Comparison,
-    Experiment,
-    compare,
-    load_experiment,
-    mean_and_spread,
-)
+from manage.comparison import CONFIDENCE, SEVERITY, Comparison, Experiment, compare, load_experiment, mean_and_spread
 from manage.predictor import Predictor
 from manage.tables import Table, to_markdown
 from utils import visualize

@@ -179,7 +179,10 @@ def main() -> None:
         raise UserError("the page needs gradio: pip install -r requirements-demo.txt")
     predictor = Predictor.load(args.checkpoint, args.device)
     print(f"photos are predicted by {predictor}")
-    launch(build(predictor), inbrowser=not args.no_browser, server_port=args.port)
+    try:
+        launch(build(predictor), inbrowser=not args.no_browser, server_port=args.port)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {args.port}: {error}; choose another") from None
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Run:
                 f"{self.config.experiment_dir}; rename the run, or move that folder away"
             )
         is_final = experiment.record["epoch"] == self.config.n_epochs
-        return experiment if is_final and all(then[key] == now[key] for key in ("decode", "root_bias")) else None
+        return experiment if is_final and all(then[key] == now[key] for key in ("decode", "root_bias", "tta")) else None
 
     def commands(self, take_over: bool) -> list[list[str]]:
         """Its training, then its evaluation: by the run's own copy of the config.
@@ -71,6 +71,7 @@ class Entry:
     search: dict[str, list] | None
 
     def run(self, label: str, keys: dict[str, Any]) -> Run:
+        label = re.sub(r"[^\w.-]+", "-", label, flags=re.ASCII)  # which may hold any values
         own = self.overrides | keys | {"exp_name": f"{self.file.stem}_{self.name}_{label}"}
         texts = [f"{key}={value if TYPES.get(key) is str else json.dumps(value)}" for key, value in own.items()]
         try:
@@ -94,7 +95,7 @@ class Entry:
         lists = {f"{split}_sample_ids_file": str(self.logs / f"{self.name}_{split}.txt") for split in ("train", "val")}
         fixed = lists | {"seed": self.seeds[0], "root_bias": {}}  # a bias is of one rule, which is yet to be chosen
         tries = [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
-        return [self.run(_name_of_try(keys), keys | fixed) for keys in tries]
+        return [self.run("_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), keys | fixed) for keys in tries]
 
     def choice(self) -> dict[str, Any] | None:
         """The try and the decoding rule with the best of the config's monitored score; None until all are scored."""
@@ -133,21 +134,16 @@ def read_entries(file: Path) -> list[Entry]:
     return entries
 
 
-def _name_of_try(keys: dict[str, Any]) -> str:
-    """As part of an experiment's name, whatever the values are."""
-    return re.sub(r"[^\w.-]+", "-", "_".join(["try", *(f"{k}{v}" for k, v in keys.items())]), flags=re.ASCII)
-
-
 def _with_shared(shared: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:
     """The keys of a run, and those beside "runs"."""
     values = {"search": None} | shared | own
     wrong = [key for part in (shared, own) for key in part if not isinstance(part[key], KEYS.get(key, ()))]
     if not wrong:
         values["overrides"] = shared.get("overrides", {}) | own.get("overrides", {})
-        tried = (values["search"] or {}).values()
-        wrong = [key for key in KEYS if key not in values]
-        wrong += ["overrides"] * bool({"exp_name", "seed"} & values["overrides"].keys())
-        wrong += ["search"] * (not all(isinstance(value, list) and value for value in tried))
+        tried, barred = values["search"] or {}, {"exp_name", "seed"}
+        wrong = [key for key in KEYS if key not in values or values[key] == []]
+        wrong += ["overrides"] * bool(barred & values["overrides"].keys())
+        wrong += ["search"] * (bool(barred & {*tried}) or not all(isinstance(v, list) and v for v in tried.values()))
     if wrong:
         found = json.dumps(values[wrong[0]]) if wrong[0] in values else "missing"
         shown = f"known keys are {', '.join(KEYS)}; python tools/experiment.py --help shows an example"

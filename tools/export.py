@@ -26,6 +26,7 @@ PyTorch's. Needs: pip install -r requirements-export.txt (.pt2 and .pt do not).
 
 import argparse
 import importlib.util
+import io
 import json
 import logging
 import sys
@@ -118,7 +119,8 @@ def export_program(predictor: Predictor, path: Path) -> None:
     with fx_config.patch(backed_size_oblivious=True):  # without it every size is taken to be other than 1
         program = torch.export.export(model, (photos,), dynamic_shapes=(any_size,), strict=False)
     if path.suffix == ".pt2":
-        torch.export.save(program, path)
+        torch.export.save(program, buffer := io.BytesIO())
+        write_whole(buffer.getvalue(), path)
     else:
         names = {"input_names": ["photos"], "output_names": ["leaves", "scores"]}
         sizes = {0: "batch", 2: "height", 3: "width"}
@@ -198,7 +200,7 @@ def card(state: dict, records: Sequence[dict], licence: str) -> str:
     config, h = Config(**state["config"]), Hierarchy.from_dict(state["tree"])
     rows = [["", *(f"{record['decode']}, tta {record['tta']}" for record in records)]]
     for name in records[0]["scores"] if records else ():
-        rows.append([name, *(shown(name, record["scores"][name]) for record in records)])
+        rows.append([name, *(shown(name, record["scores"].get(name)) for record in records)])
     for level, (title, nodes) in enumerate(zip(h.level_names, h.level_classes, strict=True)):
         for name in (h.names[node] for node in nodes):
             rows.append([f"{title}: {name}", *(percent(record["levels"][level]["IoU"][name]) for record in records)])

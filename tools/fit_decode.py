@@ -111,9 +111,7 @@ def main() -> None:
     check_data(config, h)
     parts = list(sample(predictor, config, arguments.photos))
     split = 3 * len(parts) // 4
-    used, held_out = (
-        tuple(torch.cat(x, dim=-1) for x in zip(*part, strict=True)) for part in (parts[:split], parts[split:])
-    )
+    used, held_out = (tuple(torch.cat(x, -1) for x in zip(*p, strict=True)) for p in (parts[:split], parts[split:]))
     offsets, none = fit(used, UNITS.get(rule, 1.0), h), torch.zeros(len(h.roots))
     for name, pixels in ((f"the {split} train photos fitted", used), (f"{len(parts) - split} others", held_out)):
         before, after = score(pixels, none, h), score(pixels, offsets, h)

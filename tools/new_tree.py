@@ -19,6 +19,7 @@ import argparse
 import csv
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_list(path: Path) -> list[Node]:
 def indented(lines: list[str], path: Path) -> list[Node]:
     nodes, above = [], []  # above: (indent, name) from the root down
     for line, text in enumerate(lines, 1):
-        text = text.partition("#")[0].expandtabs(4).rstrip()
+        text = re.sub(r"#(?![0-9a-fA-F]{6}\b).*", "", text).expandtabs(4).rstrip()  # a comment, no colour
         indent, left = len(text) - len(text.lstrip()), None
         name, values = classes_of(text.strip())[0]
         if not name or name.lower() in VOID_NAMES:
@@ -63,7 +64,9 @@ def indented(lines: list[str], path: Path) -> list[Node]:
             left = above.pop()[0]
         if left not in (None, indent):
             raise UserError(f"{path}, line {line}: {name!r} should be as far in as a line above it, say {left}")
-        nodes.append((name, above[-1][1] if above else None, int(values[0]) if values else None))
+        nodes.append(
+            (name, above[-1][1] if above else None, int(values[0]) if values and values[0].isdigit() else None)
+        )
         above.append((indent, name))
     return nodes
 
@@ -92,7 +95,7 @@ def make_tree(nodes: list[Node], name: str, levels: list[str] | None, source: st
         is_background = record["name"].lower() in BACKGROUND and record["parent"] is None
         record |= {"colour": [0, 0, 0], "background": True} if is_background else {"colour": colour}
     depth, layer = 0, {None}
-    while layer := {name for name, parent, _ in nodes if parent in layer}:
+    while depth < len(nodes) and (layer := {name for name, parent, _ in nodes if parent in layer}):
         depth += 1
     levels = levels or ["leaves", *(f"level{i}" for i in range(2, depth)), "roots"][-depth:]
     tree = {"name": name, "ignore_index": 255 if len(nodes) <= 255 else 65535, "levels": levels, "nodes": records}
@@ -124,7 +127,10 @@ def main() -> None:
     parser.add_argument("--levels", metavar="A,B", help="names of the levels, the leaves' first")
     args = parser.parse_args()
     out = args.out or REPOSITORY / "configs" / "hierarchies" / f"{args.list.stem}.json"
-    h = make_tree(read_list(args.list), args.list.stem, args.levels and args.levels.split(","), str(args.list))
+    picture, levels = out.with_suffix(".png"), args.levels and [level.strip() for level in args.levels.split(",")]
+    if out.suffix != ".json" or (picture.exists() and not out.exists()):
+        raise UserError(f"{out}: expected a name that ends in .json, beside which there is no {picture.name} yet")
+    h = make_tree(read_list(args.list), args.list.stem, levels, str(args.list))
     tree = h.to_dict()
     nodes = ",\n".join("    " + json.dumps(node, ensure_ascii=False) for node in tree["nodes"])  # a node a line
     text = json.dumps(tree | {"nodes": []}, indent=2, ensure_ascii=False)[:-4] + f"[\n{nodes}\n  ]\n}}\n"
@@ -132,11 +138,11 @@ def main() -> None:
         raise UserError(f"{out}: exists already and holds another tree; choose another --out, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(text, out)
-    draw(h).save(out.with_suffix(".png"))
+    draw(h).save(picture)
     for v in h.preorder:
         print(f"{'  ' * (len(h.paths[v]) - 1)}{h.names[v]} ({v})")
     note = "" if h.background else "; no root is named 'background', so every class counts in the means"
-    print(f"{out}: {h.num_leaves} leaves, {h.num_nodes} classes, {h.num_levels} levels, drawn in {out.stem}.png{note}")
+    print(f"{out}: {h.num_leaves} leaves, {h.num_nodes} classes, {h.num_levels} levels, drawn in {picture.name}{note}")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ from utils.visualize import write_maps
 SUFFIXES = (*PHOTO_SUFFIXES, ".tif", ".tiff", ".jfif", ".gif", ".ppm", ".pgm", ".jp2", ".tga")
 
 
-def find_photos(paths: Sequence[str], out: Path) -> list[Path]:
-    """The photos that files, folders and globs name, each once; nothing inside `out`, where predictions lie.
+def find_photos(paths: Sequence[str]) -> list[Path]:
+    """The photos that files, folders and globs name, each once; none of the pictures of earlier predictions.
 
     Raises: UserError for a path that names nothing.
     """
@@ -51,15 +51,18 @@ def find_photos(paths: Sequence[str], out: Path) -> list[Path]:
     for path in paths:
         matches, photos = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)), []
         for match in map(Path, map(os.path.abspath, matches)):
-            for file in sorted(match.rglob("*")) if match.is_dir() else [match]:
-                if file == match or (
-                    file.suffix.lower() in SUFFIXES and file.name[0] != "." and out not in file.parents
-                ):
+            earlier = {lines.parent for lines in match.rglob("predictions.jsonl")}
+            inside = [file for file in sorted(match.rglob("*")) if not earlier & {*file.parents}]
+            for file in inside if match.is_dir() else [match]:
+                is_hidden = "/." in f"/{file.relative_to(match).as_posix()}"
+                if file == match or (file.suffix.lower() in SUFFIXES and not is_hidden):
                     photos.append(file)
-                elif file.is_file() and out not in file.parents:
-                    skipped["hidden" if file.name[0] == "." else file.suffix or "without a suffix"] += 1
+                elif file.is_file():
+                    skipped["hidden" if is_hidden else file.suffix or "without a suffix"] += 1
         if not photos:
-            raise UserError(f"{path}: no such photo, no folder that holds one, and no glob that matches one")
+            raise UserError(
+                f"{path}: no such photo, no folder that holds one (but of earlier predictions), no glob that matches"
+            )
         found |= dict.fromkeys(photos)
     if skipped:
         print("skipped in folders: " + ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items())))
@@ -98,13 +101,12 @@ def main() -> int:
     parser.add_argument("--tile", type=int, metavar="N", help="windows of N pixels; by default for large photos alone")
     parser.add_argument("--decode", choices=DECODE_RULES, help="another rule than the checkpoint's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions in --out")
+    parser.add_argument("--overwrite", action="store_true", help="write into --out although it holds files")
     arguments = parser.parse_args()
     out = Path(os.path.abspath(arguments.out))
-    photos = find_photos(arguments.paths, out)
-    lines = out / "predictions.jsonl"
-    if lines.exists() and not arguments.overwrite:
-        raise UserError(f"{lines} exists already; choose another --out, or replace it with --overwrite")
+    photos, lines = find_photos(arguments.paths), out / "predictions.jsonl"
+    if out.is_dir() and any(out.iterdir()) and not arguments.overwrite:
+        raise UserError(f"{out} is not empty; choose another --out, or replace what it holds with --overwrite")
     options = {"decode": arguments.decode, "tta": arguments.tta, "tile": arguments.tile}
     predictor = Predictor.load(arguments.checkpoint, arguments.device, **options)
     lines.unlink(missing_ok=True)

@@ -97,9 +97,7 @@ def decode(rule: str, logits: Tensor, h: Hierarchy, root_bias: RootBias = None) 
         raise ValueError(f"logits {tuple(logits.shape)} do not fit: expected (B, {h.num_nodes}, H, W)")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     bias = leaf_bias(root_bias, h, logits.device, dtype)
-    leaf = torch.empty(
-        logits[:, 0].shape, dtype=torch.uint8 if h.num_nodes <= 256 else torch.int64, device=logits.device
-    )
+    leaf = logits.new_empty(logits[:, 0].shape, dtype=torch.uint8 if h.num_nodes <= 256 else torch.int64)
     for sample, answer in zip(logits, leaf, strict=True):  # one by one: photos may be large
         scores = leaf_scores(rule, sample.flatten(1).to(dtype), h)
         best = (scores if bias is None else scores + bias).max(0).indices  # argmax takes six times as long on a CPU

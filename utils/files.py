@@ -21,7 +21,7 @@ def write_whole(data: bytes | str, path: str | Path, previous: Path | None = Non
     Raises: OSError when the disk is full or not writable; the old file then stands.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    beside = path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:200])}.{os.getpid()}.part")
     try:
         with open(beside, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -83,10 +83,7 @@ def set_aside(*paths: Path) -> list[Path]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Strict JSON: no duplicate keys, no NaN.
-
-    Raises: UserError naming the file, and the line of the mistake.
-    """
+    """Strict JSON: no duplicate keys, no NaN. Raises: UserError naming the file, and the line of the mistake."""
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -128,10 +128,7 @@ class Hierarchy:
     # Void is an imaginary node above all roots: everything lies below it, so nothing is known about it.
 
     def signs(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """+1 where the node is on the label's path, -1 where on no path with it, 0 where unknown.
-
-        Shape: (N, N + 1).
-        """
+        """+1 where the node is on the label's path, -1 where on no path with it, 0 where unknown. Shape: (N, N + 1)."""
         return self.cached("signs", device, dtype, self._make_signs)
 
     def leaves_below(self) -> Tensor:
@@ -164,9 +161,7 @@ class Hierarchy:
         while (parent := self.parents[path[0]]) is not None:
             if parent in path:
                 loop = " -> ".join(self.names[u] for u in reversed([parent, *path]))
-                raise UserError(
-                    f"{source}: node {v} ({self.names[v]}) never reaches a root: its parents form a cycle, {loop}"
-                )
+                raise UserError(f"{source}: node {v} ({self.names[v]}) has no root: its parents form a cycle, {loop}")
             path.insert(0, parent)
         return tuple(path)
 

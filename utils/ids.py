@@ -105,5 +105,7 @@ def files_below(folder: str | Path, suffixes: Sequence[str]) -> list[Path]:
     for paths in (folder.glob("*"), folder.rglob("*")):
         found = (path for path in paths if path.suffix.lower() in suffixes)
         if kept := sorted(path for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"):
+            if odd := [path for path in kept if not str(path).isascii() and re.search("[\ud800-\udfff]", str(path))]:
+                raise UserError(f"{odd[0]!r}: its name is not UTF-8; rename it")
             return kept  # none of the hidden ones
     return []

@@ -52,14 +52,12 @@ class Lock:
 
     def is_held(self) -> bool:
         """Whether another process holds it now."""
-        if not self.folder.is_dir():  # it would be made
-            return False
         try:
             with self.lock.acquire(timeout=0):
                 return False
         except Timeout:
             return True
-        except OSError:  # no lock can be had here
+        except OSError:  # no folder, or no lock can be had here
             return False
 
     def _owner(self) -> dict:

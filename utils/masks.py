@@ -76,8 +76,8 @@ def classes_of(line: str) -> list[tuple[str, list[str]]]:
 
 
 def _name_in_tree(text: str, names: Sequence[str], where: str) -> str:
-    plain = {_plain(name): name for name in reversed(names)}
-    name = "background" if _plain(text) == "bg" and "bg" not in plain else _plain(text)
+    plain = {_plain(name): name for name in reversed(names)} | {name: name for name in names}
+    name = text if text in plain else "background" if _plain(text) == "bg" and "bg" not in plain else _plain(text)
     if name in plain or name in VOID_NAMES:
         return plain.get(name, VOID)
     close = difflib.get_close_matches(name, names, n=1)
@@ -106,7 +106,8 @@ class MaskReader:
         self.rest = labels.get("*")  # the label of everything that is not named
 
         values = {int(key): label for key, label in labels.items() if key.isdigit()}
-        are_ids = all(value == label for value, label in values.items())  # then so are those that no line names
+        # where the values named are ids of the tree, so are those that no line names; but `*` names all
+        are_ids = self.rest is None and all(value == label for value, label in values.items())
         # A 255 that nothing explains is void in every family of masks.
         self.values = ({v: v for v in (*range(hierarchy.num_nodes), void)} if are_ids else {255: void}) | values
         self.colours = {int(_packed(VOID_COLOUR)): void}

@@ -150,7 +150,8 @@ class LevelScores:
         """
         violated, pixels = self.violations.tolist()
         rates = {"violation_rate": violated / pairs if (pairs := pixels * len(self.h.edges)) else None}
-        names = ["leaf", *(self.h.names[v] for v in self.h.roots)]
+        roots = [self.h.names[v] for v in self.h.roots]
+        names = ["leaf", *("root leaf" if name == "leaf" else name for name in roots)]
         for name, (count, hits, units) in zip(names, self.calibration.cpu(), strict=True):
             far = (hits - units.double() / UNITS).abs()  # of each bin, its frequency from its mean probability
             rates[f"ECE_{name}"] = _number(far.sum() / count.sum())

@@ -21,7 +21,7 @@ TREE_KEYS = {"name", "ignore_index", "levels", "nodes"}
 OPTIONAL = {"background", "mirror"}
 NODE_KEYS = {  # what each may be, and how to say it
     "id": (is_int, "an integer"),
-    "name": (is_text, "a non-empty text of printable characters"),
+    "name": (lambda value: is_text(value) and value != "void", "a non-empty printable text other than void"),
     "parent": (lambda value: value is None or is_int(value), "the id of a node, or null for a root"),
     "colour": (_is_colour, "[red, green, blue], integers from 0 to 255"),
     "background": (lambda value: isinstance(value, bool), "true or false"),
