@@ -141,7 +141,7 @@ def test_a_disk_that_takes_no_checkpoint_is_said_and_what_there_was_stands(data,
     fault, status, times, reason = DISKS[disk]
     output = train(tmp_path, data, status=status, prepare=[fault], **KEYS)
     assert output.count(NO_CHECKPOINT) == output.count(f"{reason}); the older ones stand") == times
-    assert output.count("error: the last checkpoint could not be written") == (status == 2)
+    assert output.count("error: the last checkpoint was not written") == (status == 2)
     assert not list(folder.glob(".*")), "nothing half-written stays"
     if status == 2:
         train(tmp_path, data, "--resume", **KEYS)

@@ -97,7 +97,7 @@ def test_two_processes_evaluate_to_exactly_the_scores_of_one(config_file):
 def test_a_loss_that_is_not_finite_names_the_photos_of_all_processes(config_file, sample_data):
     cfg = config_file(exp_name="wild", lr=100, batch_size=1, n_epochs=50)
     output = computed(2, "train.py", cfg, status=2)
-    ids = re.search(r"is not finite\. Photos: (\S+), (\S+)\. The checkpoints in", output).groups()
+    ids = re.search(r"is not finite\. Photos: (\S+), (\S+)\. The checkpoints are", output).groups()
     assert len(set(ids)) == 2
     assert set(ids) <= set((sample_data / "train_id.txt").read_text().split())
 
