@@ -166,11 +166,11 @@ class Asked(TorchDispatchMode):
         self.counts, self.is_on = Counter(), True
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        to_host = name == "_to_copy" and (kwargs or {}).get("device") == torch.device("cpu") != args[0].device
-        if self.is_on and (name in ASKS or to_host):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        to_host = name == "_to_copy" and kwargs.get("device") == torch.device("cpu") != args[0].device
+        if self.is_on and (name in ASKS or (to_host and not kwargs.get("non_blocking"))):
             self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 @pytest.mark.parametrize("device", DEVICES)
