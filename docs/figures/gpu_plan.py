@@ -1,4 +1,4 @@
-"""What a GPU will be asked in one training step, counted on a CPU: operations, bytes, FLOPs, and the time they bound.
+"""What a GPU is asked in one training step, counted on a CPU: operations, bytes, FLOPs, and the time they bound.
 
     python docs/figures/gpu_plan.py --cfg configs/hseg_bce_100.json
 
