@@ -151,8 +151,8 @@ def _blended(look: Callable[[Tensor], Tensor], image: Tensor, tile: int, stride:
 
 def _bands(logits: Tensor, size: tuple[int, int]) -> Rows:
     """What F.interpolate(mode="bilinear") makes of the logits, in bands of rows. Shape: (N, h, w)."""
-    (height, width), source = logits.shape[1:], torch.arange(size[0], dtype=torch.float64) + 0.5
-    source = (source * (height / size[0]) - 0.5).clamp(0, height - 1).to(logits.device)
+    (height, width), source = logits.shape[1:], torch.arange(size[0], dtype=torch.float64, device=logits.device)
+    source = ((source + 0.5) * (height / size[0]) - 0.5).clamp(0, height - 1)
     band = max(1, BAND // (len(logits) * size[1]))
     for start in range(0, size[0], band):
         rows = slice(start, min(start + band, size[0]))

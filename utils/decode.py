@@ -42,8 +42,8 @@ def down(values: Tensor, h: Hierarchy, join: Callable[[Tensor, Tensor], Tensor] 
     return torch.stack(rows)
 
 
-def prob_mean(logits: Tensor, h: Hierarchy) -> Tensor:
-    return down(logits.sigmoid(), h) / torch.tensor([[len(path)] for path in h.paths], device=logits.device)
+def lengths(like: Tensor, h: Hierarchy) -> Tensor:
+    return h.cached("lengths", like.device, like.dtype, lambda: torch.tensor([[len(path)] for path in h.paths]))
 
 
 def mass_down(logits: Tensor, h: Hierarchy) -> Tensor:
@@ -61,17 +61,17 @@ def mass_down(logits: Tensor, h: Hierarchy) -> Tensor:
 
 def level_sum(logits: Tensor, h: Hierarchy) -> Tensor:
     """Right for leaves alone, the only nodes with a class at every level."""
-    levels = [dict(zip(classes, logits[classes].log_softmax(0), strict=True)) for classes in h.level_classes]
     rows = list(logits.unbind())
+    levels = [torch.stack([rows[v] for v in classes]).log_softmax(0) for classes in h.level_classes]
     for leaf in h.leaves:
-        rows[leaf] = sum(log_p[table[leaf]] for log_p, table in zip(levels, h.level_tables, strict=True))
+        rows[leaf] = sum(p[c.index(t[leaf])] for p, c, t in zip(levels, h.level_classes, h.level_tables, strict=True))
     return torch.stack(rows)
 
 
 PATH_SCORES: dict[str, Callable[[Tensor, Hierarchy], Tensor]] = {
     "logit_sum": down,
     "prob_sum": lambda logits, h: down(logits.sigmoid(), h),
-    "prob_mean": prob_mean,
+    "prob_mean": lambda logits, h: down(logits.sigmoid(), h) / lengths(logits, h),
     "leaf": lambda logits, h: logits,
     "tree_min": lambda logits, h: down(logits, h, torch.minimum),
     "mass": mass_down,
